@@ -1,0 +1,102 @@
+//! What can go wrong, and the exit code it means.
+
+use crate::atomic::AtomicError;
+use crate::data::DataError;
+use crate::ggml::{DecodeError, LlamaError, OpError, QuantError};
+use crate::gguf::GgufError;
+use crate::graph::GraphError;
+use std::path::PathBuf;
+use thiserror::Error;
+
+/// Any failure of the program: one clear sentence, causes in `source`.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A GGUF file that was refused.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// A data file or record that was refused.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The graph could not be recorded, built or run.
+    #[error(transparent)]
+    Graph(GraphError),
+    /// llama.cpp refused.
+    #[error(transparent)]
+    Llama(#[from] LlamaError),
+    /// A file could not be put in place.
+    #[error(transparent)]
+    Atomic(#[from] AtomicError),
+    /// A GGUF that is not a model where a model was wanted.
+    #[error("{}: wanted a model, found a GGUF of type {found:?}", path.display())]
+    NotAModel {
+        /// The file.
+        path: PathBuf,
+        /// Its `general.type`.
+        found: String,
+    },
+    /// A file could not be read or written.
+    #[error("{}: {doing} failed", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was being done.
+        doing: &'static str,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// A setting that cannot be used.
+    #[error("{setting}: wanted {wanted}, found {found}")]
+    Setting {
+        /// The flag or configuration key.
+        setting: &'static str,
+        /// What it takes.
+        wanted: String,
+        /// What it was given.
+        found: String,
+    },
+}
+
+impl From<GraphError> for Error {
+    fn from(e: GraphError) -> Self {
+        match e {
+            GraphError::Gguf(e) => Self::Gguf(e),
+            GraphError::Llama(e) => Self::Llama(e),
+            other => Self::Graph(other),
+        }
+    }
+}
+
+impl From<OpError> for Error {
+    fn from(e: OpError) -> Self {
+        Self::Graph(GraphError::Ggml(e))
+    }
+}
+
+impl From<QuantError> for Error {
+    fn from(e: QuantError) -> Self {
+        Self::Graph(GraphError::Quant(e))
+    }
+}
+
+impl From<DecodeError> for Error {
+    fn from(e: DecodeError) -> Self {
+        Self::Llama(LlamaError::Decode(e))
+    }
+}
+
+impl Error {
+    /// The process's exit code: 2 usage, 3 bad file, 4 signature or base mismatch,
+    /// 5 quality gate not met, 6 resources, 7 committed but durability unknown, 8 engine.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Setting { .. } | Self::Atomic(AtomicError::Exists { .. } | AtomicError::NoFileName { .. }) => 2,
+            Self::Gguf(GgufError::Atomic(AtomicError::Exists { .. })) => 2,
+            Self::Gguf(_) | Self::Data(_) | Self::NotAModel { .. } => 3,
+            Self::Atomic(AtomicError::Io { doing, .. }) if *doing == "syncing the directory" => 7,
+            Self::Atomic(_) | Self::Io { .. } => 6,
+            Self::Graph(GraphError::Ggml(OpError::Memory { .. })) => 6,
+            Self::Graph(_) | Self::Llama(_) => 8,
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! Scores, as the papers and programs that introduced them define them. No model in here.
+
+mod kolmogorov;
+pub mod ks;
+mod porter;
+pub mod rouge;
+pub mod stats;
+pub mod tofu;
+pub mod tofu_eval;
+pub mod tofu_log;

@@ -1,0 +1,861 @@
+//! A ggml context with checked constructors: tensors are small ids, every op verifies what
+//! ggml would otherwise assert.
+//!
+//! Shapes are in ggml order, `ne[0]` fastest. Naming trap: `mul_mat(a [k, m], b [k, n])`
+//! gives `[m, n]`.
+
+use super::backend::Buffer;
+use ggml_sys::{ggml_cgraph, ggml_context, ggml_tensor};
+use std::collections::HashSet;
+use std::ffi::CString;
+use std::ptr::{NonNull, null_mut};
+use std::sync::Arc;
+use thiserror::Error;
+
+/// A tensor of one [`Ctx`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Tensor(u32);
+
+/// A graph of one [`Ctx`].
+#[derive(Debug, Clone, Copy)]
+pub struct Graph(u32);
+
+/// Why an op could not be built or run.
+#[derive(Debug, Clone, Error)]
+#[non_exhaustive]
+pub enum OpError {
+    /// Shapes, types or strides an op does not take.
+    #[error("{op}: wanted {wanted}, found {found}")]
+    Shape {
+        /// The op.
+        op: &'static str,
+        /// What it takes.
+        wanted: &'static str,
+        /// What it was given.
+        found: String,
+    },
+    /// The context has no room for another tensor header.
+    #[error("no room for another tensor in a graph of {0} tensors")]
+    Full(usize),
+    /// Memory that could not be had.
+    #[error("cannot allocate {bytes} bytes")]
+    Memory {
+        /// How many bytes were asked for.
+        bytes: usize,
+    },
+    /// The backend failed.
+    #[error("ggml: {0}")]
+    Backend(&'static str),
+    /// A tensor without memory was to be computed, read or written.
+    #[error("tensor {0} has no memory")]
+    Unallocated(String),
+}
+
+/// Owner of tensor headers, graphs, and of the buffers bound to them.
+pub struct Ctx {
+    raw: NonNull<ggml_context>,
+    tensors: Vec<NonNull<ggml_tensor>>,
+    graphs: Vec<NonNull<ggml_cgraph>>,
+    buffers: Vec<Arc<Buffer>>,
+    capacity: usize,
+}
+
+type Result<T> = std::result::Result<T, OpError>;
+
+impl Ctx {
+    /// A context with room for `capacity` tensors and three graphs of them.
+    ///
+    /// # Errors
+    /// When ggml cannot allocate the headers.
+    pub fn new(capacity: usize) -> Result<Self> {
+        super::log::install();
+        // SAFETY: plain size queries and a constructor.
+        let raw = unsafe {
+            let mem_size = capacity * (ggml_sys::ggml_tensor_overhead() + 16)
+                + 3 * ggml_sys::ggml_graph_overhead_custom(capacity, false)
+                + 4096;
+            ggml_sys::ggml_init(ggml_sys::ggml_init_params {
+                mem_size,
+                mem_buffer: null_mut(),
+                no_alloc: true,
+            })
+        };
+        Ok(Self {
+            raw: NonNull::new(raw).ok_or(OpError::Backend("a context does not start"))?,
+            tensors: Vec::with_capacity(capacity),
+            graphs: Vec::new(),
+            buffers: Vec::new(),
+            capacity,
+        })
+    }
+
+    fn raw(&self) -> *mut ggml_context {
+        self.raw.as_ptr()
+    }
+
+    fn get(&self, t: Tensor) -> &ggml_tensor {
+        // SAFETY: ids are handed out by `keep` only; headers live as long as the context.
+        unsafe { self.tensors[t.0 as usize].as_ref() }
+    }
+
+    fn ptr(&self, t: Tensor) -> *mut ggml_tensor {
+        self.tensors[t.0 as usize].as_ptr()
+    }
+
+    fn room(&self) -> Result<()> {
+        // Constructors such as `cont` make one header each; a margin covers those that make two.
+        if self.tensors.len() + 4 > self.capacity {
+            return Err(OpError::Full(self.capacity));
+        }
+        Ok(())
+    }
+
+    fn keep(&mut self, raw: *mut ggml_tensor) -> Result<Tensor> {
+        let raw = NonNull::new(raw).ok_or(OpError::Full(self.capacity))?;
+        let id = u32::try_from(self.tensors.len()).map_err(|_| OpError::Full(self.capacity))?;
+        self.tensors.push(raw);
+        Ok(Tensor(id))
+    }
+
+    fn describe(&self, ts: &[Tensor]) -> String {
+        let one = |&t: &Tensor| {
+            let g = self.get(t);
+            format!("{:?} (type {}, strides {:?})", g.ne, g.type_, g.nb)
+        };
+        ts.iter().map(one).collect::<Vec<_>>().join(" and ")
+    }
+
+    fn need(&self, ok: bool, op: &'static str, wanted: &'static str, ts: &[Tensor]) -> Result<()> {
+        if ok {
+            return self.room();
+        }
+        Err(OpError::Shape {
+            op,
+            wanted,
+            found: self.describe(ts),
+        })
+    }
+
+    // ---- facts -------------------------------------------------------------------------
+
+    /// Elements per dimension.
+    pub fn ne(&self, t: Tensor) -> [i64; 4] {
+        self.get(t).ne
+    }
+
+    /// Strides in bytes.
+    pub fn nb(&self, t: Tensor) -> [usize; 4] {
+        self.get(t).nb
+    }
+
+    /// ggml's type number.
+    pub fn ty(&self, t: Tensor) -> u32 {
+        self.get(t).type_
+    }
+
+    /// Elements in all.
+    pub fn n_elements(&self, t: Tensor) -> usize {
+        self.ne(t).iter().product::<i64>() as usize
+    }
+
+    /// Bytes from the first to the last element.
+    pub fn n_bytes(&self, t: Tensor) -> usize {
+        // SAFETY: live header.
+        unsafe { ggml_sys::ggml_nbytes(self.ptr(t)) }
+    }
+
+    /// The ggml op number that computes the tensor (0: a leaf).
+    pub fn op(&self, t: Tensor) -> u32 {
+        self.get(t).op
+    }
+
+    /// Whether elements lie in order without gaps.
+    pub fn is_contiguous(&self, t: Tensor) -> bool {
+        let g = self.get(t);
+        // SAFETY: type numbers of live tensors are valid.
+        let (block, size) = unsafe {
+            (
+                ggml_sys::ggml_blck_size(g.type_).max(1),
+                ggml_sys::ggml_type_size(g.type_),
+            )
+        };
+        let mut stride = size;
+        for d in 0..4 {
+            if g.ne[d] != 1 && g.nb[d] != stride {
+                return false;
+            }
+            stride *= if d == 0 { g.ne[0] / block } else { g.ne[d] } as usize;
+        }
+        true
+    }
+
+    fn is_f32(&self, t: Tensor) -> bool {
+        self.ty(t) == ggml_sys::GGML_TYPE_F32
+    }
+
+    fn rows_packed(&self, t: Tensor) -> bool {
+        let g = self.get(t);
+        // SAFETY: valid type number.
+        g.nb[0] == unsafe { ggml_sys::ggml_type_size(g.type_) }
+    }
+
+    fn repeats(&self, small: Tensor, large: Tensor) -> bool {
+        let (s, l) = (self.ne(small), self.ne(large));
+        (0..4).all(|d| s[d] > 0 && l[d] % s[d] == 0)
+    }
+
+    // ---- leaves ------------------------------------------------------------------------
+
+    /// A tensor without memory: a weight, a parameter or an input.
+    ///
+    /// # Errors
+    /// A row that is not a multiple of the type's block, a bad dimension, or no room.
+    pub fn leaf(&mut self, ty: u32, ne: [i64; 4], name: &str) -> Result<Tensor> {
+        self.room()?;
+        let bad = |found: String| OpError::Shape {
+            op: "leaf",
+            wanted: "a known type, positive dimensions and whole blocks per row",
+            found,
+        };
+        if ty >= ggml_sys::llama::GGML_TYPE_COUNT || ne.iter().any(|&n| n <= 0) {
+            return Err(bad(format!("{ne:?} of type {ty}")));
+        }
+        // SAFETY: the type number is in range.
+        let block = unsafe { ggml_sys::ggml_blck_size(ty) };
+        if block == 0 || ne[0] % block != 0 {
+            return Err(bad(format!("{ne:?} of type {ty}")));
+        }
+        // SAFETY: checked type and dimensions; room for the header.
+        let raw = unsafe { ggml_sys::ggml_new_tensor(self.raw(), ty, 4, ne.as_ptr()) };
+        let t = self.keep(raw)?;
+        self.set_name(t, name);
+        Ok(t)
+    }
+
+    /// Name a tensor (ggml keeps 63 bytes).
+    pub fn set_name(&mut self, t: Tensor, name: &str) {
+        let c = CString::new(name.replace('\0', "?")).expect("no NUL left");
+        // SAFETY: live header, NUL-terminated name.
+        unsafe { ggml_sys::ggml_set_name(self.ptr(t), c.as_ptr()) };
+    }
+
+    /// Keep the tensor's memory to the end of the graph: its value is read outside.
+    pub fn set_output(&mut self, t: Tensor) {
+        // SAFETY: live header.
+        unsafe { ggml_sys::ggml_set_output(self.ptr(t)) };
+    }
+
+    /// Copy another node's op parameters: scale, epsilon, rope settings, precision.
+    pub fn set_op_params(&mut self, t: Tensor, params: &[i32; 16]) {
+        // SAFETY: live header, exclusive access.
+        unsafe { (*self.ptr(t)).op_params = *params };
+    }
+
+    /// Let the tensor's data be `buffer` from byte `offset` on.
+    ///
+    /// # Errors
+    /// When it does not fit, or the tensor already has memory.
+    pub fn bind(&mut self, t: Tensor, buffer: &Arc<Buffer>, offset: usize) -> Result<()> {
+        let end = offset.checked_add(self.n_bytes(t));
+        if end.is_none_or(|e| e > buffer.size()) || !self.get(t).data.is_null() {
+            return Err(OpError::Shape {
+                op: "bind",
+                wanted: "an unbound tensor that fits its buffer",
+                found: format!("{} at byte {offset} of {}", self.describe(&[t]), buffer.size()),
+            });
+        }
+        // SAFETY: the range lies inside the buffer, which `buffers` keeps alive.
+        let status = unsafe {
+            let at = buffer.base().as_ptr().add(offset);
+            ggml_sys::ggml_backend_tensor_alloc(buffer.raw(), self.ptr(t), at.cast())
+        };
+        if status != ggml_sys::GGML_STATUS_SUCCESS {
+            return Err(OpError::Backend("a tensor cannot be bound"));
+        }
+        if !self.buffers.iter().any(|b| Arc::ptr_eq(b, buffer)) {
+            self.buffers.push(buffer.clone());
+        }
+        Ok(())
+    }
+
+    // ---- data --------------------------------------------------------------------------
+
+    /// Write a contiguous tensor.
+    ///
+    /// # Errors
+    /// A length other than the tensor's, or no memory.
+    pub fn write<T: bytemuck::Pod>(&mut self, t: Tensor, data: &[T]) -> Result<()> {
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        self.check_data(t, bytes.len())?;
+        // SAFETY: the tensor has memory for exactly `bytes.len()` bytes.
+        unsafe { ggml_sys::ggml_backend_tensor_set(self.ptr(t), bytes.as_ptr().cast(), 0, bytes.len()) };
+        Ok(())
+    }
+
+    /// Read a contiguous tensor.
+    ///
+    /// # Errors
+    /// A length other than the tensor's, or no memory.
+    pub fn read<T: bytemuck::Pod>(&self, t: Tensor, out: &mut [T]) -> Result<()> {
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(out);
+        self.check_data(t, bytes.len())?;
+        // SAFETY: the tensor has memory for exactly `bytes.len()` bytes.
+        unsafe { ggml_sys::ggml_backend_tensor_get(self.ptr(t), bytes.as_mut_ptr().cast(), 0, bytes.len()) };
+        Ok(())
+    }
+
+    fn check_data(&self, t: Tensor, n_bytes: usize) -> Result<()> {
+        if self.get(t).data.is_null() {
+            return Err(OpError::Unallocated(self.describe(&[t])));
+        }
+        if n_bytes != self.n_bytes(t) || !self.is_contiguous(t) {
+            return Err(OpError::Shape {
+                op: "copy",
+                wanted: "a contiguous tensor and as many bytes as it has",
+                found: format!("{} and {n_bytes} bytes", self.describe(&[t])),
+            });
+        }
+        Ok(())
+    }
+
+    // ---- arithmetic --------------------------------------------------------------------
+
+    /// `a + b`, `b` repeated along `a`.
+    ///
+    /// # Errors
+    /// Shapes that do not repeat.
+    pub fn add(&mut self, a: Tensor, b: Tensor) -> Result<Tensor> {
+        self.binary("add", a, b, ggml_sys::ggml_add)
+    }
+
+    /// `a − b`.
+    ///
+    /// # Errors
+    /// Shapes that do not repeat.
+    pub fn sub(&mut self, a: Tensor, b: Tensor) -> Result<Tensor> {
+        self.binary("sub", a, b, ggml_sys::ggml_sub)
+    }
+
+    /// Elementwise `a · b`.
+    ///
+    /// # Errors
+    /// Shapes that do not repeat.
+    pub fn mul(&mut self, a: Tensor, b: Tensor) -> Result<Tensor> {
+        self.binary("mul", a, b, ggml_sys::ggml_mul)
+    }
+
+    /// Elementwise `a / b`.
+    ///
+    /// # Errors
+    /// Shapes that do not repeat.
+    pub fn div(&mut self, a: Tensor, b: Tensor) -> Result<Tensor> {
+        self.binary("div", a, b, ggml_sys::ggml_div)
+    }
+
+    fn binary(
+        &mut self,
+        op: &'static str,
+        a: Tensor,
+        b: Tensor,
+        make: unsafe extern "C" fn(*mut ggml_context, *mut ggml_tensor, *mut ggml_tensor) -> *mut ggml_tensor,
+    ) -> Result<Tensor> {
+        let ok = self.is_f32(a) && self.is_f32(b) && self.rows_packed(a) && self.rows_packed(b) && self.repeats(b, a);
+        self.need(ok, op, "two f32 tensors, the second repeating into the first", &[a, b])?;
+        // SAFETY: checked above.
+        let raw = unsafe { make(self.raw(), self.ptr(a), self.ptr(b)) };
+        self.keep(raw)
+    }
+
+    /// `a·s + b`.
+    ///
+    /// # Errors
+    /// A tensor that is not contiguous f32.
+    pub fn scale(&mut self, a: Tensor, s: f32, b: f32) -> Result<Tensor> {
+        let ok = self.is_f32(a) && self.is_contiguous(a);
+        self.need(ok, "scale", "contiguous f32", &[a])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_scale_bias(self.raw(), self.ptr(a), s, b) };
+        self.keep(raw)
+    }
+
+    /// Elementwise square.
+    ///
+    /// # Errors
+    /// A tensor that is not contiguous f32.
+    pub fn sqr(&mut self, a: Tensor) -> Result<Tensor> {
+        let ok = self.is_f32(a) && self.is_contiguous(a);
+        self.need(ok, "sqr", "contiguous f32", &[a])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_sqr(self.raw(), self.ptr(a)) };
+        self.keep(raw)
+    }
+
+    /// A unary op by its ggml number (tanh, gelu, silu, relu, …).
+    ///
+    /// # Errors
+    /// A tensor that is not contiguous f32, or an unknown number.
+    pub fn unary(&mut self, a: Tensor, op: u32) -> Result<Tensor> {
+        let ok = self.is_f32(a) && self.is_contiguous(a) && op < ggml_sys::llama::GGML_UNARY_OP_COUNT;
+        self.need(ok, "unary", "contiguous f32 and a known op", &[a])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_unary(self.raw(), self.ptr(a), op) };
+        self.keep(raw)
+    }
+
+    /// Sum over `ne[0]`: `[n, a, b, c] → [1, a, b, c]`.
+    ///
+    /// # Errors
+    /// A tensor that is not f32 with packed rows.
+    pub fn sum_rows(&mut self, a: Tensor) -> Result<Tensor> {
+        let ok = self.is_f32(a) && self.rows_packed(a);
+        self.need(ok, "sum_rows", "f32 with packed rows", &[a])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_sum_rows(self.raw(), self.ptr(a)) };
+        self.keep(raw)
+    }
+
+    /// A tensor of `a`'s shape filled with `value`.
+    ///
+    /// # Errors
+    /// A tensor that is not contiguous f32.
+    pub fn fill_like(&mut self, a: Tensor, value: f32) -> Result<Tensor> {
+        let ok = self.is_f32(a) && self.is_contiguous(a);
+        self.need(ok, "fill", "contiguous f32", &[a])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_fill(self.raw(), self.ptr(a), value) };
+        self.keep(raw)
+    }
+
+    // ---- matrices ----------------------------------------------------------------------
+
+    /// `a [k, m, …]`, `b [k, n, …]` → `[m, n, …]`; `a`'s outer dimensions repeat along `b`'s.
+    ///
+    /// # Errors
+    /// Shapes that do not multiply, or rows that are not packed.
+    pub fn mul_mat(&mut self, a: Tensor, b: Tensor) -> Result<Tensor> {
+        let (x, y) = (self.ne(a), self.ne(b));
+        let ok = x[0] == y[0]
+            && y[2] % x[2] == 0
+            && y[3] % x[3] == 0
+            && self.rows_packed(a)
+            && self.rows_packed(b)
+            && self.nb(a)[0] <= self.nb(a)[1]
+            && self.is_f32(b);
+        self.need(ok, "mul_mat", "[k, m, …] by f32 [k, n, …] with packed rows", &[a, b])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_mul_mat(self.raw(), self.ptr(a), self.ptr(b)) };
+        self.keep(raw)
+    }
+
+    /// `a [m, k, …]`, `b [n, k, …]` → `[m, n, …]`: the sum over `k` of outer products.
+    ///
+    /// # Errors
+    /// Shapes that do not multiply.
+    pub fn out_prod(&mut self, a: Tensor, b: Tensor) -> Result<Tensor> {
+        let (x, y) = (self.ne(a), self.ne(b));
+        let ok = x[1] == y[1]
+            && y[2] % x[2] == 0
+            && y[3] % x[3] == 0
+            && self.rows_packed(a)
+            && self.is_f32(b);
+        self.need(ok, "out_prod", "[m, k, …] by f32 [n, k, …]", &[a, b])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_out_prod(self.raw(), self.ptr(a), self.ptr(b)) };
+        self.keep(raw)
+    }
+
+    /// Rows of `a [n, rows]` by `ids` (i32 `[k]`) → f32 `[n, k]`.
+    ///
+    /// # Errors
+    /// Ids that are not i32, or mismatched outer dimensions.
+    pub fn get_rows(&mut self, a: Tensor, ids: Tensor) -> Result<Tensor> {
+        let (x, i) = (self.ne(a), self.ne(ids));
+        let ok = self.ty(ids) == ggml_sys::GGML_TYPE_I32 && x[2] == i[1] && x[3] == i[2] && i[3] == 1;
+        self.need(ok, "get_rows", "rows and i32 ids", &[a, ids])?;
+        // SAFETY: checked above; ids are range-checked by whoever writes them.
+        let raw = unsafe { ggml_sys::ggml_get_rows(self.raw(), self.ptr(a), self.ptr(ids)) };
+        self.keep(raw)
+    }
+
+    /// The transpose of [`Ctx::get_rows`]: rows of `grad [n, k]` added into zeros of
+    /// `like`'s shape.
+    ///
+    /// # Errors
+    /// Shapes that do not belong together.
+    pub fn get_rows_back(&mut self, grad: Tensor, ids: Tensor, like: Tensor) -> Result<Tensor> {
+        let (g, i, l) = (self.ne(grad), self.ne(ids), self.ne(like));
+        let ok = self.is_f32(grad)
+            && self.is_contiguous(grad)
+            && self.ty(ids) == ggml_sys::GGML_TYPE_I32
+            && i[1] * i[2] * i[3] == 1
+            && g[0] == l[0]
+            && g[1] == i[0]
+            && l[2] * l[3] * g[2] * g[3] == 1;
+        self.need(ok, "get_rows_back", "gradient [n, k], ids [k], like [n, rows]", &[grad, ids, like])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_get_rows_back(self.raw(), self.ptr(grad), self.ptr(ids), self.ptr(like)) };
+        self.keep(raw)
+    }
+
+    // ---- normalisation, attention, activations -------------------------------------------
+
+    /// RMS norm over `ne[0]`.
+    ///
+    /// # Errors
+    /// A tensor that is not f32 with packed rows.
+    pub fn rms_norm(&mut self, a: Tensor, eps: f32) -> Result<Tensor> {
+        let ok = self.is_f32(a) && self.rows_packed(a) && eps >= 0.0;
+        self.need(ok, "rms_norm", "f32 with packed rows", &[a])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_rms_norm(self.raw(), self.ptr(a), eps) };
+        self.keep(raw)
+    }
+
+    /// Gradient of [`Ctx::rms_norm`] at `x` for `grad`.
+    ///
+    /// # Errors
+    /// Tensors that are not f32 of one shape.
+    pub fn rms_norm_back(&mut self, grad: Tensor, x: Tensor, eps: f32) -> Result<Tensor> {
+        let ok = self.is_f32(grad)
+            && self.is_f32(x)
+            && self.ne(grad) == self.ne(x)
+            && self.rows_packed(x)
+            && self.rows_packed(grad);
+        self.need(ok, "rms_norm_back", "two f32 tensors of one shape", &[grad, x])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_rms_norm_back(self.raw(), self.ptr(grad), self.ptr(x), eps) };
+        self.keep(raw)
+    }
+
+    /// Layer norm over `ne[0]`, without weight and bias.
+    ///
+    /// # Errors
+    /// A tensor that is not f32 with packed rows.
+    pub fn norm(&mut self, a: Tensor, eps: f32) -> Result<Tensor> {
+        let ok = self.is_f32(a) && self.rows_packed(a) && eps >= 0.0;
+        self.need(ok, "norm", "f32 with packed rows", &[a])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_norm(self.raw(), self.ptr(a), eps) };
+        self.keep(raw)
+    }
+
+    /// Softmax over `ne[0]` of `a·scale + mask`, `mask [n_kv, n_tokens]`.
+    ///
+    /// # Errors
+    /// A non-contiguous tensor or a mask that does not cover it.
+    pub fn soft_max(&mut self, a: Tensor, mask: Option<Tensor>, scale: f32, max_bias: f32) -> Result<Tensor> {
+        let x = self.ne(a);
+        let mask_ok = mask.is_none_or(|m| {
+            let n = self.ne(m);
+            self.is_contiguous(m)
+                && (self.is_f32(m) || self.ty(m) == ggml_sys::GGML_TYPE_F16)
+                && n[0] == x[0]
+                && n[1] >= x[1]
+                && x[2] % n[2] == 0
+                && x[3] % n[3] == 0
+        });
+        let ok = self.is_f32(a) && self.is_contiguous(a) && mask_ok && (max_bias == 0.0 || mask.is_some());
+        self.need(ok, "soft_max", "contiguous f32 and a mask of its rows", &[a])?;
+        let mask = mask.map_or(null_mut(), |m| self.ptr(m));
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_soft_max_ext(self.raw(), self.ptr(a), mask, scale, max_bias) };
+        self.keep(raw)
+    }
+
+    /// Gradient of [`Ctx::soft_max`] (no bias) from its result `y`.
+    ///
+    /// # Errors
+    /// Tensors that are not contiguous f32 of one shape.
+    pub fn soft_max_back(&mut self, grad: Tensor, y: Tensor, scale: f32) -> Result<Tensor> {
+        let ok = [grad, y].iter().all(|&t| self.is_f32(t) && self.is_contiguous(t)) && self.ne(grad) == self.ne(y);
+        self.need(ok, "soft_max_back", "two contiguous f32 tensors of one shape", &[grad, y])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_soft_max_ext_back(self.raw(), self.ptr(grad), self.ptr(y), scale, 0.0) };
+        self.keep(raw)
+    }
+
+    /// Rotary embedding with another node's raw parameters (mode, dimensions, frequencies);
+    /// `back`: its transpose. `factors`: per-frequency divisors.
+    ///
+    /// # Errors
+    /// Positions that are not i32, one (or four, for multi-section modes) per token.
+    pub fn rope(
+        &mut self,
+        a: Tensor,
+        pos: Tensor,
+        factors: Option<Tensor>,
+        params: &[i32; 16],
+        back: bool,
+    ) -> Result<Tensor> {
+        let x = self.ne(a);
+        let n_pos = self.ne(pos)[0];
+        let (n_dims, mode) = (params[1], params[2]);
+        let multi = mode & 8 != 0;
+        let ok = self.is_f32(a)
+            && self.rows_packed(a)
+            && self.ty(pos) == ggml_sys::GGML_TYPE_I32
+            && n_pos == x[2] * if multi { 4 } else { 1 }
+            && n_dims > 0
+            && n_dims % 2 == 0
+            && i64::from(n_dims) <= x[0]
+            && factors.is_none_or(|f| self.is_f32(f) && self.ne(f)[0] >= i64::from(n_dims / 2));
+        self.need(ok, "rope", "f32 [d, heads, tokens] and i32 positions", &[a, pos])?;
+        let factors = factors.map_or(null_mut(), |f| self.ptr(f));
+        // The float parameters are overwritten below; only the mode decides the constructor.
+        // SAFETY: checked above.
+        let raw = unsafe {
+            let (c, a, pos) = (self.raw(), self.ptr(a), self.ptr(pos));
+            if multi {
+                let mut sections = [params[11], params[12], params[13], params[14]];
+                let f = if back { ggml_sys::ggml_rope_multi_back } else { ggml_sys::ggml_rope_multi };
+                f(c, a, pos, factors, n_dims, sections.as_mut_ptr(), mode, 0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+            } else {
+                let f = if back { ggml_sys::ggml_rope_ext_back } else { ggml_sys::ggml_rope_ext };
+                f(c, a, pos, factors, n_dims, mode, 0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+            }
+        };
+        let t = self.keep(raw)?;
+        self.set_op_params(t, params);
+        Ok(t)
+    }
+
+    /// Gated activation `act(a)·b` by ggml's GLU number; without `b` the halves of `a`
+    /// (`swapped`: second half gated).
+    ///
+    /// # Errors
+    /// Tensors that are not f32 with contiguous rows and one shape.
+    pub fn glu(&mut self, a: Tensor, b: Option<Tensor>, op: u32, swapped: bool) -> Result<Tensor> {
+        let known = op < ggml_sys::llama::GGML_GLU_OP_SWIGLU_OAI || op == ggml_sys::llama::GGML_GLU_OP_GEGLU_ERF || op == ggml_sys::llama::GGML_GLU_OP_GEGLU_QUICK;
+        let shape_ok = match b {
+            Some(b) => self.is_f32(b) && self.is_contiguous(b) && self.ne(a) == self.ne(b),
+            None => self.ne(a)[0] % 2 == 0,
+        };
+        let ok = known && self.is_f32(a) && self.is_contiguous(a) && shape_ok;
+        self.need(ok, "glu", "contiguous f32 of one shape and a known gate", &[a])?;
+        // SAFETY: checked above.
+        let raw = unsafe {
+            match b {
+                Some(b) => ggml_sys::ggml_glu_split(self.raw(), self.ptr(a), self.ptr(b), op),
+                None => ggml_sys::ggml_glu(self.raw(), self.ptr(a), op, swapped),
+            }
+        };
+        self.keep(raw)
+    }
+
+    /// `grad · silu'(x)`.
+    ///
+    /// # Errors
+    /// Tensors that are not contiguous f32 of one shape.
+    pub fn silu_back(&mut self, grad: Tensor, x: Tensor) -> Result<Tensor> {
+        let ok = [grad, x].iter().all(|&t| self.is_f32(t) && self.is_contiguous(t)) && self.ne(grad) == self.ne(x);
+        self.need(ok, "silu_back", "two contiguous f32 tensors of one shape", &[grad, x])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_silu_back(self.raw(), self.ptr(grad), self.ptr(x)) };
+        self.keep(raw)
+    }
+
+    // ---- shapes ------------------------------------------------------------------------
+
+    /// The same elements in another shape.
+    ///
+    /// # Errors
+    /// Another number of elements, or a tensor that is not contiguous.
+    pub fn reshape(&mut self, a: Tensor, ne: [i64; 4]) -> Result<Tensor> {
+        let ok = self.is_contiguous(a) && ne.iter().product::<i64>() as usize == self.n_elements(a) && ne.iter().all(|&n| n > 0);
+        self.need(ok, "reshape", "a contiguous tensor with as many elements", &[a])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_reshape_4d(self.raw(), self.ptr(a), ne[0], ne[1], ne[2], ne[3]) };
+        self.keep(raw)
+    }
+
+    /// A strided view into `a`, `offset` bytes in.
+    ///
+    /// # Errors
+    /// A view that leaves the tensor.
+    pub fn view(&mut self, a: Tensor, ne: [i64; 4], nb: [usize; 4], offset: usize) -> Result<Tensor> {
+        // SAFETY: valid type number.
+        let size = unsafe { ggml_sys::ggml_type_size(self.ty(a)) };
+        let last: usize = (0..4).map(|d| (ne[d].max(1) as usize - 1) * nb[d]).sum();
+        let ok = ne.iter().all(|&n| n > 0)
+            && nb[0] == size
+            && self.rows_packed(a)
+            && offset + last + size <= self.n_bytes(a);
+        self.need(ok, "view", "a view inside the tensor", &[a])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_view_4d(self.raw(), self.ptr(a), ne[0], ne[1], ne[2], ne[3], nb[1], nb[2], nb[3], offset) };
+        self.keep(raw)
+    }
+
+    /// Dimension `d` of `a` becomes dimension `axes[d]`.
+    ///
+    /// # Errors
+    /// Axes that are no permutation.
+    pub fn permute(&mut self, a: Tensor, axes: [i32; 4]) -> Result<Tensor> {
+        let mut seen = [false; 4];
+        for x in axes {
+            if let Some(s) = usize::try_from(x).ok().and_then(|x| seen.get_mut(x)) {
+                *s = true;
+            }
+        }
+        self.need(seen == [true; 4], "permute", "a permutation of four axes", &[a])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_permute(self.raw(), self.ptr(a), axes[0], axes[1], axes[2], axes[3]) };
+        self.keep(raw)
+    }
+
+    /// First two dimensions swapped, as a view.
+    ///
+    /// # Errors
+    /// No room.
+    pub fn transpose(&mut self, a: Tensor) -> Result<Tensor> {
+        self.room()?;
+        // SAFETY: live tensor.
+        let raw = unsafe { ggml_sys::ggml_transpose(self.raw(), self.ptr(a)) };
+        self.keep(raw)
+    }
+
+    /// A contiguous copy, in shape `ne`.
+    ///
+    /// # Errors
+    /// Another number of elements.
+    pub fn cont(&mut self, a: Tensor, ne: [i64; 4]) -> Result<Tensor> {
+        let ok = ne.iter().product::<i64>() as usize == self.n_elements(a) && ne.iter().all(|&n| n > 0);
+        self.need(ok, "cont", "as many elements", &[a])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_cont_4d(self.raw(), self.ptr(a), ne[0], ne[1], ne[2], ne[3]) };
+        self.keep(raw)
+    }
+
+    /// `a` itself when contiguous, else a contiguous copy of it.
+    ///
+    /// # Errors
+    /// No room.
+    pub fn packed(&mut self, a: Tensor) -> Result<Tensor> {
+        if self.is_contiguous(a) {
+            Ok(a)
+        } else {
+            self.cont(a, self.ne(a))
+        }
+    }
+
+    /// A contiguous transposed copy: `[m, n, …] → [n, m, …]`.
+    ///
+    /// # Errors
+    /// No room.
+    pub fn transposed(&mut self, a: Tensor) -> Result<Tensor> {
+        let t = self.transpose(a)?;
+        self.cont(t, self.ne(t))
+    }
+
+    /// Sum the repeats of `a` down to `like`'s shape (the transpose of broadcasting).
+    ///
+    /// # Errors
+    /// Shapes that do not repeat.
+    pub fn repeat_back(&mut self, a: Tensor, like: Tensor) -> Result<Tensor> {
+        let ok = self.is_f32(a) && self.rows_packed(a) && self.repeats(like, a);
+        self.need(ok, "repeat_back", "f32 repeats of the second tensor", &[a, like])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_repeat_back(self.raw(), self.ptr(a), self.ptr(like)) };
+        self.keep(raw)
+    }
+
+    /// `a` with `b` added into the view (`nb`, `offset`) of it.
+    ///
+    /// # Errors
+    /// A view that leaves `a`.
+    pub fn acc(&mut self, a: Tensor, b: Tensor, nb: [usize; 4], offset: usize) -> Result<Tensor> {
+        let n = self.ne(b);
+        let last: usize = (0..4).map(|d| (n[d] as usize - 1) * nb[d]).sum();
+        let ok = self.is_f32(a) && self.is_f32(b) && self.is_contiguous(a) && self.is_contiguous(b) && nb[0] == 4 && offset + last + 4 <= self.n_bytes(a);
+        self.need(ok, "acc", "contiguous f32 and a view inside it", &[a, b])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_acc(self.raw(), self.ptr(a), self.ptr(b), nb[1], nb[2], nb[3], offset) };
+        self.keep(raw)
+    }
+
+    // ---- graphs ------------------------------------------------------------------------
+
+    /// A graph that computes `roots`, each with all it needs, in that order.
+    ///
+    /// # Errors
+    /// More than three graphs, or no root.
+    pub fn graph(&mut self, roots: &[Tensor]) -> Result<Graph> {
+        let g = self.new_graph()?;
+        for &t in roots {
+            // SAFETY: live graph and tensor; the graph has room for every header of the context.
+            unsafe { ggml_sys::ggml_build_forward_expand(self.graph_ptr(g), self.ptr(t)) };
+        }
+        Ok(g)
+    }
+
+    /// Append `root` and all it needs to a graph.
+    pub fn extend_graph(&mut self, g: Graph, root: Tensor) {
+        // SAFETY: live graph and tensor; the graph has room for every header of the context.
+        unsafe { ggml_sys::ggml_build_forward_expand(self.graph_ptr(g), self.ptr(root)) };
+    }
+
+    /// Nodes `range` of `of`, as a graph of their own.
+    ///
+    /// # Errors
+    /// More than three graphs.
+    pub fn graph_part(&mut self, of: Graph, range: std::ops::Range<usize>) -> Result<Graph> {
+        let g = self.new_graph()?;
+        let n = self.n_nodes(of);
+        for i in range.start..range.end.min(n) {
+            // SAFETY: `i` is below the node count; both graphs are live.
+            unsafe {
+                let node = ggml_sys::ggml_graph_node(self.graph_ptr(of), i as i32);
+                ggml_sys::ggml_graph_add_node(self.graph_ptr(g), node);
+            }
+        }
+        Ok(g)
+    }
+
+    /// Number of nodes.
+    pub fn n_nodes(&self, g: Graph) -> usize {
+        // SAFETY: live graph.
+        unsafe { ggml_sys::ggml_graph_n_nodes(self.graph_ptr(g)) as usize }
+    }
+
+    fn new_graph(&mut self) -> Result<Graph> {
+        if self.graphs.len() >= 3 {
+            return Err(OpError::Backend("a context holds three graphs"));
+        }
+        // SAFETY: `new` reserved the memory of three graphs of this capacity.
+        let raw = unsafe { ggml_sys::ggml_new_graph_custom(self.raw(), self.capacity, false) };
+        self.graphs.push(NonNull::new(raw).ok_or(OpError::Full(self.capacity))?);
+        Ok(Graph(self.graphs.len() as u32 - 1))
+    }
+
+    pub(super) fn graph_ptr(&self, g: Graph) -> *mut ggml_cgraph {
+        self.graphs[g.0 as usize].as_ptr()
+    }
+
+    /// Every node and source of the graph must have memory before ggml touches it.
+    pub(super) fn check_allocated(&self, g: Graph) -> Result<()> {
+        let mut seen = HashSet::new();
+        for i in 0..self.n_nodes(g) {
+            // SAFETY: `i` is below the node count; nodes and sources are live headers.
+            unsafe {
+                let node = ggml_sys::ggml_graph_node(self.graph_ptr(g), i as i32);
+                let sources = (*node).src.iter().copied().filter(|s| !s.is_null());
+                for t in sources.chain([node]) {
+                    if seen.insert(t) && (*t).data.is_null() {
+                        return Err(OpError::Unallocated(format!("{:?}", (*t).ne)));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Ctx {
+    fn drop(&mut self) {
+        // SAFETY: owned; headers are only reachable through this struct.
+        unsafe { ggml_sys::ggml_free(self.raw()) };
+    }
+}
+
+// SAFETY: a context is plain memory; `&mut self` guards every mutation.
+unsafe impl Send for Ctx {}

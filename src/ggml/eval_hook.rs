@@ -1,0 +1,215 @@
+//! llama.cpp's evaluation callback as a safe Rust hook, and the recorder of its graph.
+
+use ggml_sys::ggml_tensor;
+use std::any::Any;
+use std::collections::HashMap;
+use std::ffi::{CStr, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// A node of llama.cpp's graph, as the callback sees it.
+pub struct NodeView<'a>(&'a ggml_tensor);
+
+impl NodeView<'_> {
+    /// ggml's op number.
+    pub fn op(&self) -> u32 {
+        self.0.op
+    }
+
+    /// The node's name, `Qcur-0` and the like.
+    pub fn name(&self) -> String {
+        name_of(self.0)
+    }
+
+    /// The name of source `i`, if there is one.
+    pub fn src_name(&self, i: usize) -> Option<String> {
+        // SAFETY: non-null sources of a live node are live.
+        unsafe { self.0.src.get(i)?.as_ref() }.map(name_of)
+    }
+
+    /// Elements per dimension.
+    pub fn ne(&self) -> [i64; 4] {
+        self.0.ne
+    }
+
+    /// Copy a contiguous f32 node's values out (from the device, where it is on one).
+    /// False, and `out` untouched, when it is neither.
+    pub fn read_f32(&self, out: &mut Vec<f32>) -> bool {
+        read_f32(self.0, out)
+    }
+
+    /// The same for source `i`.
+    pub fn read_src_f32(&self, i: usize, out: &mut Vec<f32>) -> bool {
+        // SAFETY: non-null sources of a live node are live.
+        self.0
+            .src
+            .get(i)
+            .and_then(|p| unsafe { p.as_ref() })
+            .is_some_and(|t| read_f32(t, out))
+    }
+}
+
+fn read_f32(t: &ggml_tensor, out: &mut Vec<f32>) -> bool {
+    let mut stride = 4;
+    for d in 0..4 {
+        if t.ne[d] != 1 && t.nb[d] != stride {
+            return false;
+        }
+        stride *= t.ne[d] as usize;
+    }
+    if t.type_ != ggml_sys::GGML_TYPE_F32 || t.data.is_null() {
+        return false;
+    }
+    out.resize(stride / 4, 0.0);
+    // SAFETY: the tensor is contiguous f32 with `stride` bytes, computed and synchronised
+    // by the scheduler before it asks.
+    unsafe { ggml_sys::ggml_backend_tensor_get(t, out.as_mut_ptr().cast(), 0, stride) };
+    true
+}
+
+fn name_of(t: &ggml_tensor) -> String {
+    // SAFETY: ggml NUL-terminates names within the array.
+    unsafe { CStr::from_ptr(t.name.as_ptr()) }
+        .to_string_lossy()
+        .into_owned()
+}
+
+/// What a context calls for every node: `want` before it is computed, `seen` after, when
+/// wanted. `abort` is polled during the computation.
+pub trait Hook: Send {
+    /// Whether the node's values are wanted. Called for every node, in order.
+    fn want(&mut self, node: &NodeView<'_>) -> bool;
+    /// The values are there. False stops the computation.
+    fn seen(&mut self, node: &NodeView<'_>) -> bool;
+    /// Stop before computing anything.
+    fn abort(&mut self) -> bool {
+        false
+    }
+}
+
+/// The hook and the panic it may have raised, at a stable address for C.
+pub(super) struct HookCell {
+    pub hook: Box<dyn Hook>,
+    pub panic: Option<Box<dyn Any + Send>>,
+}
+
+impl HookCell {
+    pub fn guard(&mut self, f: impl FnOnce(&mut dyn Hook) -> bool) -> Option<bool> {
+        if self.panic.is_some() {
+            return None;
+        }
+        match catch_unwind(AssertUnwindSafe(|| f(self.hook.as_mut()))) {
+            Ok(v) => Some(v),
+            Err(payload) => {
+                self.panic = Some(payload);
+                None
+            }
+        }
+    }
+}
+
+/// `cb_eval`: true to an ask means "stop here and show me"; false after means "stop".
+pub(super) unsafe extern "C" fn eval(t: *mut ggml_tensor, ask: bool, user: *mut c_void) -> bool {
+    // SAFETY: `user` is the context's boxed HookCell; llama.cpp calls from one thread.
+    let (cell, node) = unsafe { (&mut *user.cast::<HookCell>(), NodeView(&*t)) };
+    if ask {
+        cell.guard(|h| h.want(&node)).unwrap_or(false)
+    } else {
+        cell.guard(|h| h.seen(&node)).unwrap_or(false)
+    }
+}
+
+/// `abort_callback`: a panicked hook also stops the computation.
+pub(super) unsafe extern "C" fn abort(user: *mut c_void) -> bool {
+    // SAFETY: as above.
+    let cell = unsafe { &mut *user.cast::<HookCell>() };
+    cell.guard(|h| h.abort()).unwrap_or(true)
+}
+
+/// Inputs up to this many elements are looked at: masks are larger.
+const SMALL_INPUT: i64 = 8192;
+
+/// Inputs are filled before the first node is asked about.
+fn constant(t: &ggml_tensor) -> Option<f32> {
+    let is_input = t.flags & ggml_sys::GGML_TENSOR_FLAG_INPUT as i32 != 0;
+    if !is_input || t.op != ggml_sys::GGML_OP_NONE || t.ne.iter().product::<i64>() > SMALL_INPUT {
+        return None;
+    }
+    let mut values = Vec::new();
+    let first = *read_f32(t, &mut values).then_some(&values)?.first()?;
+    values.iter().all(|&v| v == first).then_some(first)
+}
+
+/// One tensor of a recorded graph; sources are indices into [`Recorded::tensors`].
+#[derive(Debug, Clone)]
+pub struct RecordedTensor {
+    /// ggml's op number; 0 is a leaf.
+    pub op: u32,
+    /// ggml's type number.
+    pub ty: u32,
+    /// Elements per dimension.
+    pub ne: [i64; 4],
+    /// Strides in bytes.
+    pub nb: [usize; 4],
+    /// Raw op parameters.
+    pub op_params: [i32; 16],
+    /// ggml's flags.
+    pub flags: i32,
+    /// Sources.
+    pub src: [Option<usize>; 10],
+    /// The tensor this one is a view of.
+    pub view_src: Option<usize>,
+    /// The name.
+    pub name: String,
+    /// The one value that an f32 graph input holds throughout, if it does.
+    pub constant: Option<f32>,
+}
+
+/// A graph as llama.cpp built it: every node in order of computation, and every leaf.
+#[derive(Debug, Clone, Default)]
+pub struct Recorded {
+    /// Nodes and leaves, in order of discovery (sources before their readers).
+    pub tensors: Vec<RecordedTensor>,
+    /// Indices of the nodes, in order of computation.
+    pub nodes: Vec<usize>,
+    index: HashMap<usize, usize>,
+}
+
+impl Recorded {
+    /// Record one node and whatever it reads.
+    pub fn push(&mut self, node: &NodeView<'_>) {
+        let i = self.add(node.0);
+        self.nodes.push(i);
+    }
+
+    fn add(&mut self, t: &ggml_tensor) -> usize {
+        let key = std::ptr::from_ref(t) as usize;
+        if let Some(&i) = self.index.get(&key) {
+            return i;
+        }
+        let mut src = [None; 10];
+        for (slot, p) in src.iter_mut().zip(t.src) {
+            // `ggml_cast` nodes name themselves as a source: skip those.
+            if !p.is_null() && p as usize != key {
+                // SAFETY: sources of a live node are live.
+                *slot = Some(self.add(unsafe { &*p }));
+            }
+        }
+        // SAFETY: a live node's view source is live.
+        let view_src = unsafe { t.view_src.as_ref() }.map(|v| self.add(v));
+        let i = self.tensors.len();
+        self.tensors.push(RecordedTensor {
+            op: t.op,
+            ty: t.type_,
+            ne: t.ne,
+            nb: t.nb,
+            op_params: t.op_params,
+            flags: t.flags,
+            src,
+            view_src,
+            name: name_of(t),
+            constant: constant(t),
+        });
+        self.index.insert(key, i);
+        i
+    }
+}

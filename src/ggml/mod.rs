@@ -1,0 +1,53 @@
+//! Safe wrappers over ggml and llama.cpp: the only place where this crate calls C.
+//!
+//! One owner per C handle; what a handle borrows is kept alive by it. C asserts end the
+//! process, so every constructor here checks type, shape, contiguity and room first and
+//! answers with an error instead.
+#![allow(unsafe_code)]
+
+mod backend;
+mod ctx;
+mod eval_hook;
+mod llama;
+mod log;
+mod quant;
+
+pub use backend::{Buffer, Cpu, Plan};
+pub use ctx::{Ctx, Graph, OpError, Tensor};
+pub use eval_hook::{Hook, NodeView, Recorded, RecordedTensor};
+pub use llama::{
+    Adapter, Batch, Context, ContextOptions, DecodeError, LlamaError, Model, ModelOptions, Token,
+};
+pub use log::{last_messages, set_verbose};
+pub use quant::{dequantize, quantize, QuantError};
+
+/// ggml's numeric names of types, ops and flags.
+pub mod sys {
+    pub use ggml_sys::{
+        GGML_GLU_OP_GEGLU, GGML_GLU_OP_REGLU, GGML_GLU_OP_SWIGLU, GGML_OP_ADD, GGML_OP_CLAMP,
+        GGML_OP_CONT, GGML_OP_CPY, GGML_OP_DIV, GGML_OP_GET_ROWS, GGML_OP_GLU, GGML_OP_MUL,
+        GGML_OP_MUL_MAT, GGML_OP_NONE, GGML_OP_NORM, GGML_OP_PERMUTE, GGML_OP_RESHAPE,
+        GGML_OP_RMS_NORM, GGML_OP_ROPE, GGML_OP_SCALE, GGML_OP_SET_ROWS, GGML_OP_SOFT_MAX,
+        GGML_OP_SQR, GGML_OP_SUB, GGML_OP_TRANSPOSE, GGML_OP_UNARY, GGML_OP_VIEW,
+        GGML_TENSOR_FLAG_INPUT, GGML_TYPE_BF16, GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_I32,
+        GGML_TYPE_I64, GGML_UNARY_OP_GELU, GGML_UNARY_OP_RELU, GGML_UNARY_OP_SILU,
+        GGML_UNARY_OP_TANH,
+    };
+}
+
+/// The name of a ggml op number, as ggml spells it.
+pub fn op_name(op: u32) -> String {
+    if op >= ggml_sys::llama::GGML_OP_COUNT {
+        return format!("op {op}");
+    }
+    // SAFETY: the number is below GGML_OP_COUNT, so ggml returns a static string.
+    let name = unsafe { std::ffi::CStr::from_ptr(ggml_sys::ggml_op_name(op)) };
+    name.to_string_lossy().into_owned()
+}
+
+/// The version of the ggml this program was built with.
+pub fn version() -> String {
+    // SAFETY: returns a static string.
+    let v = unsafe { std::ffi::CStr::from_ptr(ggml_sys::ggml_version()) };
+    v.to_string_lossy().into_owned()
+}

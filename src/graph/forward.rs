@@ -1,0 +1,194 @@
+//! Building forward nodes from the template, and remembering them for the way back.
+
+use super::GraphError;
+use crate::ggml::{Ctx, OpError, Tensor, op_name, sys};
+
+/// One forward node: all that its vector-Jacobian rule needs to know.
+#[derive(Debug, Clone)]
+pub struct Node {
+    /// ggml's op number.
+    pub op: u32,
+    /// Raw op parameters.
+    pub params: [i32; 16],
+    /// Sources.
+    pub src: Vec<Tensor>,
+    /// The result.
+    pub out: Tensor,
+    /// Byte offset and strides, for views.
+    pub view: Option<(usize, [usize; 4])>,
+}
+
+/// A float op parameter.
+pub fn float(params: &[i32; 16], i: usize) -> f32 {
+    f32::from_bits(params[i] as u32)
+}
+
+/// Op parameters with one float.
+pub fn floats(values: &[f32]) -> [i32; 16] {
+    let mut params = [0; 16];
+    for (p, v) in params.iter_mut().zip(values) {
+        *p = v.to_bits() as i32;
+    }
+    params
+}
+
+/// Forward nodes in order of computation.
+#[derive(Default)]
+pub struct Record {
+    /// The nodes.
+    pub nodes: Vec<Node>,
+}
+
+/// What an op needs beyond its sources: the shape it is asked for, and a view's strides.
+pub struct Wanted {
+    /// Elements per dimension.
+    pub ne: [i64; 4],
+    /// Strides in bytes.
+    pub nb: [usize; 4],
+}
+
+impl Record {
+    /// Build `op` on `src` and remember it. `wanted` is needed by shape ops only.
+    ///
+    /// # Errors
+    /// An op that cannot be rebuilt, or sources it does not take.
+    pub fn emit(
+        &mut self,
+        c: &mut Ctx,
+        op: u32,
+        params: &[i32; 16],
+        src: &[Tensor],
+        wanted: Option<&Wanted>,
+    ) -> Result<Tensor, GraphError> {
+        let shape = || {
+            wanted.ok_or(GraphError::Ggml(OpError::Backend("a shape op was built without a shape")))
+        };
+        let mut view = None;
+        let out = match (op, src) {
+            (sys::GGML_OP_ADD, &[a, b]) => c.add(a, b)?,
+            (sys::GGML_OP_SUB, &[a, b]) => c.sub(a, b)?,
+            (sys::GGML_OP_MUL, &[a, b]) => c.mul(a, b)?,
+            (sys::GGML_OP_DIV, &[a, b]) => c.div(a, b)?,
+            (sys::GGML_OP_SQR, &[a]) => c.sqr(a)?,
+            (sys::GGML_OP_SCALE, &[a]) => c.scale(a, float(params, 0), float(params, 1))?,
+            (sys::GGML_OP_MUL_MAT, &[a, b]) => {
+                let a = self.row_packed(c, a)?;
+                let b = self.row_packed(c, b)?;
+                let out = c.mul_mat(a, b)?;
+                c.set_op_params(out, params);
+                return Ok(self.push(op, params, vec![a, b], out, None));
+            }
+            (sys::GGML_OP_RMS_NORM, &[a]) => c.rms_norm(a, float(params, 0))?,
+            (sys::GGML_OP_NORM, &[a]) => c.norm(a, float(params, 0))?,
+            (sys::GGML_OP_GET_ROWS, &[a, ids]) => c.get_rows(a, ids)?,
+            (sys::GGML_OP_ROPE, &[a, pos]) => c.rope(a, pos, None, params, false)?,
+            (sys::GGML_OP_ROPE, &[a, pos, factors]) => c.rope(a, pos, Some(factors), params, false)?,
+            (sys::GGML_OP_SOFT_MAX, &[a]) => c.soft_max(a, None, float(params, 0), float(params, 1))?,
+            (sys::GGML_OP_SOFT_MAX, &[a, mask]) => {
+                c.soft_max(a, Some(mask), float(params, 0), float(params, 1))?
+            }
+            (sys::GGML_OP_GLU, &[a]) => c.glu(a, None, params[0] as u32, params[1] != 0)?,
+            (sys::GGML_OP_GLU, &[a, b]) => c.glu(a, Some(b), params[0] as u32, false)?,
+            (sys::GGML_OP_UNARY, &[a]) => c.unary(a, params[0] as u32)?,
+            (sys::GGML_OP_PERMUTE, &[a]) => c.permute(a, [params[0], params[1], params[2], params[3]])?,
+            (sys::GGML_OP_TRANSPOSE, &[a]) => c.transpose(a)?,
+            (sys::GGML_OP_RESHAPE, &[a]) => {
+                let a = self.packed(c, a)?;
+                let out = c.reshape(a, shape()?.ne)?;
+                return Ok(self.push(op, params, vec![a], out, None));
+            }
+            (sys::GGML_OP_CONT, &[a]) => c.cont(a, shape()?.ne)?,
+            (sys::GGML_OP_VIEW, &[a]) => {
+                // ggml stores a view's byte offset as one 64-bit parameter.
+                let offset = u64::from(params[0] as u32) | (u64::from(params[1] as u32) << 32);
+                let w = shape()?;
+                view = Some((offset as usize, w.nb));
+                c.view(a, w.ne, w.nb, offset as usize)?
+            }
+            _ => {
+                return Err(GraphError::Op {
+                    arch: String::new(),
+                    op: format!("{} with {} sources", op_name(op), src.len()),
+                    node: String::new(),
+                });
+            }
+        };
+        Ok(self.push(op, params, src.to_vec(), out, view))
+    }
+
+    fn push(
+        &mut self,
+        op: u32,
+        params: &[i32; 16],
+        src: Vec<Tensor>,
+        out: Tensor,
+        view: Option<(usize, [usize; 4])>,
+    ) -> Tensor {
+        self.nodes.push(Node {
+            op,
+            params: *params,
+            src,
+            out,
+            view,
+        });
+        out
+    }
+
+    /// `a`, or a recorded contiguous copy of it.
+    pub fn packed(&mut self, c: &mut Ctx, a: Tensor) -> Result<Tensor, GraphError> {
+        if c.is_contiguous(a) {
+            return Ok(a);
+        }
+        let wanted = Wanted {
+            ne: c.ne(a),
+            nb: [0; 4],
+        };
+        self.emit(c, sys::GGML_OP_CONT, &[0; 16], &[a], Some(&wanted))
+    }
+
+    /// `a`, or a recorded contiguous copy when its rows have gaps: products read packed rows.
+    fn row_packed(&mut self, c: &mut Ctx, a: Tensor) -> Result<Tensor, GraphError> {
+        let (nb, ne) = (c.nb(a), c.ne(a));
+        let transposed = ne[1] > 1 && ne[0] > 1 && nb[0] > nb[1];
+        if transposed { self.packed(c, a) } else { Ok(a) }
+    }
+
+    /// Keys or values of the batch itself, where llama.cpp reads its cache.
+    pub fn cached(
+        &mut self,
+        c: &mut Ctx,
+        src: Tensor,
+        ne: [i64; 4],
+        transposed: bool,
+    ) -> Result<Tensor, GraphError> {
+        let src = self.packed(c, src)?;
+        let straight = if transposed { [ne[2], ne[1], ne[0], 1] } else { ne };
+        let wanted = Wanted {
+            ne: straight,
+            nb: [0; 4],
+        };
+        let x = self.emit(c, sys::GGML_OP_RESHAPE, &[0; 16], &[src], Some(&wanted))?;
+        if !transposed {
+            return Ok(x);
+        }
+        let mut axes = [0; 16];
+        axes[..4].copy_from_slice(&[2, 1, 0, 3]);
+        self.emit(c, sys::GGML_OP_PERMUTE, &axes, &[x], None)
+    }
+
+    /// `base + s·B(A·x)` as llama.cpp builds it, recorded for the way back.
+    pub fn low_rank(
+        &mut self,
+        c: &mut Ctx,
+        base: Tensor,
+        x: Tensor,
+        (a, b): (Tensor, Tensor),
+        scale: f32,
+    ) -> Result<Tensor, GraphError> {
+        let none = &[0; 16];
+        let down = self.emit(c, sys::GGML_OP_MUL_MAT, none, &[a, x], None)?;
+        let up = self.emit(c, sys::GGML_OP_MUL_MAT, none, &[b, down], None)?;
+        let scaled = self.emit(c, sys::GGML_OP_SCALE, &floats(&[scale, 0.0]), &[up], None)?;
+        self.emit(c, sys::GGML_OP_ADD, none, &[base, scaled], None)
+    }
+}

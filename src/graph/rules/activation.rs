@@ -1,0 +1,108 @@
+//! Activations and gated activations.
+
+use super::{GraphError, Grads};
+use crate::ggml::{Ctx, Tensor, sys};
+use crate::graph::forward::Node;
+
+/// √(2/π) and the cubic coefficient of the tanh form of GELU (Hendrycks & Gimpel,
+/// arXiv 1606.08415), as ggml computes it.
+const GELU_SCALE: f32 = 0.797_884_6;
+const GELU_CUBIC: f32 = 0.044_715;
+
+/// Gates `act(a)·b`: `da = g·b·act'(a)`, `db = g·act(a)`; a fused gate is split in halves.
+pub fn vjp(c: &mut Ctx, node: &Node, grad: Tensor, need: &[bool]) -> Result<Grads, GraphError> {
+    let grad = c.packed(grad)?;
+    if node.op == sys::GGML_OP_UNARY {
+        let g = unary(c, node.params[0] as u32, node.src[0], node.out, grad)?;
+        return Ok(vec![Some(g)]);
+    }
+    let gate = match node.params[0] as u32 {
+        sys::GGML_GLU_OP_SWIGLU => sys::GGML_UNARY_OP_SILU,
+        sys::GGML_GLU_OP_GEGLU => sys::GGML_UNARY_OP_GELU,
+        sys::GGML_GLU_OP_REGLU => sys::GGML_UNARY_OP_RELU,
+        other => {
+            return Err(GraphError::NoRule {
+                op: format!("GLU kind {other}"),
+            });
+        }
+    };
+    if let [a, b] = node.src[..] {
+        let ga = if need[0] { Some(gated(c, gate, a, b, grad)?) } else { None };
+        let gb = if need[1] {
+            let act = c.unary(a, gate)?;
+            Some(c.mul(grad, act)?)
+        } else {
+            None
+        };
+        return Ok(vec![ga, gb]);
+    }
+    Ok(vec![Some(fused(c, gate, node, grad)?)])
+}
+
+fn gated(c: &mut Ctx, gate: u32, a: Tensor, b: Tensor, grad: Tensor) -> Result<Tensor, GraphError> {
+    let g = c.mul(grad, b)?;
+    if gate == sys::GGML_UNARY_OP_SILU {
+        return Ok(c.silu_back(g, a)?);
+    }
+    let act = c.unary(a, gate)?;
+    unary(c, gate, a, act, g)
+}
+
+/// `[a; b]` in one tensor: the gradients of the halves, put side by side again.
+fn fused(c: &mut Ctx, gate: u32, node: &Node, grad: Tensor) -> Result<Tensor, GraphError> {
+    let x = node.src[0];
+    let (ne, nb) = (c.ne(x), c.nb(x));
+    let half = [ne[0] / 2, ne[1], ne[2], ne[3]];
+    let skip = nb[0] * half[0] as usize;
+    let swapped = node.params[1] != 0;
+    let (at_a, at_b) = if swapped { (skip, 0) } else { (0, skip) };
+    let a = c.view(x, half, nb, at_a)?;
+    let a = c.packed(a)?;
+    let b = c.view(x, half, nb, at_b)?;
+    let b = c.packed(b)?;
+    let ga = gated(c, gate, a, b, grad)?;
+    let act = c.unary(a, gate)?;
+    let gb = c.mul(grad, act)?;
+    let zero = c.fill_like(x, 0.0)?;
+    let with_a = c.acc(zero, ga, nb, at_a)?;
+    Ok(c.acc(with_a, gb, nb, at_b)?)
+}
+
+/// `grad · act'(x)`, with `y = act(x)` at hand.
+fn unary(c: &mut Ctx, op: u32, x: Tensor, y: Tensor, grad: Tensor) -> Result<Tensor, GraphError> {
+    match op {
+        sys::GGML_UNARY_OP_SILU => Ok(c.silu_back(grad, x)?),
+        sys::GGML_UNARY_OP_TANH => {
+            let y2 = c.sqr(y)?;
+            let d = c.scale(y2, -1.0, 1.0)?;
+            Ok(c.mul(grad, d)?)
+        }
+        sys::GGML_UNARY_OP_RELU => {
+            // relu(x)/x is the step function, but 0/0 at 0: compare through the sign of y.
+            let big = c.scale(y, f32::MAX, 0.0)?;
+            let step = c.unary(big, sys::GGML_UNARY_OP_TANH)?;
+            Ok(c.mul(grad, step)?)
+        }
+        sys::GGML_UNARY_OP_GELU => gelu(c, x, grad),
+        other => Err(GraphError::NoRule {
+            op: format!("UNARY kind {other}"),
+        }),
+    }
+}
+
+/// With `u = c(x + kx³)`, `t = tanh u`:
+/// `gelu' = ½(1 + t) + ½x(1 − t²)·c(1 + 3kx²)`.
+fn gelu(c: &mut Ctx, x: Tensor, grad: Tensor) -> Result<Tensor, GraphError> {
+    let x2 = c.sqr(x)?;
+    let inner = c.scale(x2, GELU_SCALE * GELU_CUBIC, GELU_SCALE)?;
+    let u = c.mul(inner, x)?;
+    let t = c.unary(u, sys::GGML_UNARY_OP_TANH)?;
+    let t2 = c.sqr(t)?;
+    let sech2 = c.scale(t2, -0.5, 0.5)?;
+    let slope = c.scale(x2, 3.0 * GELU_SCALE * GELU_CUBIC, GELU_SCALE)?;
+    let bend = c.mul(sech2, slope)?;
+    let bend = c.mul(bend, x)?;
+    let level = c.scale(t, 0.5, 0.5)?;
+    let d = c.add(bend, level)?;
+    Ok(c.mul(grad, d)?)
+}

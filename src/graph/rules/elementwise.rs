@@ -1,0 +1,67 @@
+//! Sums, products and scalings, with broadcasting of the second source.
+
+use super::{GraphError, Grads};
+use crate::ggml::{Ctx, Tensor, sys};
+use crate::graph::forward::{Node, float};
+
+/// `d(a∘b)`; a broadcast `b` collects the sum over its repeats.
+pub fn vjp(c: &mut Ctx, node: &Node, grad: Tensor, need: &[bool]) -> Result<Grads, GraphError> {
+    let a = node.src[0];
+    let wants_a = need[0];
+    let wants_b = need.get(1).copied().unwrap_or(false);
+    let (mut ga, mut gb) = (None, None);
+    match node.op {
+        sys::GGML_OP_ADD | sys::GGML_OP_SUB => {
+            ga = wants_a.then_some(grad);
+            if wants_b {
+                let g = if node.op == sys::GGML_OP_SUB {
+                    let g = c.packed(grad)?;
+                    c.scale(g, -1.0, 0.0)?
+                } else {
+                    grad
+                };
+                gb = Some(fold(c, g, node.src[1])?);
+            }
+        }
+        sys::GGML_OP_MUL => {
+            if wants_a {
+                ga = Some(c.mul(grad, node.src[1])?);
+            }
+            if wants_b {
+                let g = c.mul(grad, a)?;
+                gb = Some(fold(c, g, node.src[1])?);
+            }
+        }
+        sys::GGML_OP_DIV => {
+            if wants_a {
+                ga = Some(c.div(grad, node.src[1])?);
+            }
+            if wants_b {
+                let g = c.mul(grad, node.out)?;
+                let g = c.div(g, node.src[1])?;
+                let g = c.scale(g, -1.0, 0.0)?;
+                gb = Some(fold(c, g, node.src[1])?);
+            }
+        }
+        sys::GGML_OP_SQR => {
+            let g = c.mul(grad, a)?;
+            let g = c.packed(g)?;
+            ga = Some(c.scale(g, 2.0, 0.0)?);
+        }
+        sys::GGML_OP_SCALE => {
+            let g = c.packed(grad)?;
+            ga = Some(c.scale(g, float(&node.params, 0), 0.0)?);
+        }
+        _ => unreachable!("the table sends no other op here"),
+    }
+    Ok(vec![ga, gb])
+}
+
+/// Sum the repeats of `g` down to the shape of `like`.
+fn fold(c: &mut Ctx, g: Tensor, like: Tensor) -> Result<Tensor, GraphError> {
+    if c.ne(g) == c.ne(like) {
+        return Ok(g);
+    }
+    let g = c.packed(g)?;
+    Ok(c.repeat_back(g, like)?)
+}

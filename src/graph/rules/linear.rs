@@ -1,0 +1,62 @@
+//! Matrix products and row selection.
+
+use super::{GraphError, Grads, Weightless};
+use crate::ggml::{Ctx, Tensor, sys};
+use crate::graph::forward::Node;
+
+/// For `out [m, n] = mul_mat(a [k, m], b [k, n])`:
+/// `da [k, m] = Σₙ b·gᵀ`, `db [k, n] = a·g`; for row selection the transposed scatter.
+pub fn vjp(
+    c: &mut Ctx,
+    node: &Node,
+    grad: Tensor,
+    need: &[bool],
+    env: &mut dyn Weightless,
+) -> Result<Grads, GraphError> {
+    let (a, b) = (node.src[0], node.src[1]);
+    if node.op == sys::GGML_OP_GET_ROWS {
+        let grad = c.packed(grad)?;
+        let ga = if need[0] { Some(c.get_rows_back(grad, b, a)?) } else { None };
+        return Ok(vec![ga, None]);
+    }
+    let mut grads = vec![None, None];
+    if need[0] {
+        grads[0] = Some(left(c, a, b, grad)?);
+    }
+    if need[1] {
+        let at = match env.transposed(c, a)? {
+            Some(at) => at,
+            None => c.transposed(a)?,
+        };
+        let g = c.packed(grad)?;
+        grads[1] = Some(c.mul_mat(at, g)?);
+    }
+    Ok(grads)
+}
+
+/// `da [k, m, …] = mul_mat(bᵀ [n, k], gᵀ [n, m])`, summed over the repeats of `a`.
+fn left(c: &mut Ctx, a: Tensor, b: Tensor, grad: Tensor) -> Result<Tensor, GraphError> {
+    let bt = c.transposed(b)?;
+    let gt = c.transposed(grad)?;
+    let full = c.mul_mat(bt, gt)?;
+    let (ne, want) = (c.ne(full), c.ne(a));
+    if ne == want {
+        return Ok(full);
+    }
+    // ggml repeats `a`'s matrix i over results i·n_rep .. (i+1)·n_rep: neighbours, so the
+    // repeats become an outer dimension of their own before they are summed.
+    let nb = c.nb(full);
+    let n_rep = ne[2] / want[2];
+    if want[3] != 1 || ne[3] != 1 {
+        return Err(GraphError::NoRule {
+            op: "MUL_MAT over four dimensions".into(),
+        });
+    }
+    let apart = c.view(
+        full,
+        [ne[0], ne[1], want[2], n_rep],
+        [nb[0], nb[1], nb[2] * n_rep as usize, nb[2]],
+        0,
+    )?;
+    Ok(c.repeat_back(apart, a)?)
+}

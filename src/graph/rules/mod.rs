@@ -1,0 +1,81 @@
+//! The table of vector-Jacobian rules: for every op, the gradient of its sources as ggml
+//! nodes, given the gradient of its result.
+//!
+//! ggml's own differentiator aborts on many ops and decodes whole weight matrices per
+//! token; these rules emit plain ops that any backend runs. Each is checked against finite
+//! differences in `tests/rules.rs`.
+
+mod activation;
+mod attention;
+mod elementwise;
+mod linear;
+mod norm;
+mod shape;
+
+use super::GraphError;
+use super::forward::Node;
+use crate::ggml::{Ctx, Tensor, op_name, sys};
+
+/// What a rule can ask for besides the node itself.
+pub trait Weightless {
+    /// The transposed copy `[n_out, n_in]` of frozen weight leaf `w`, if `w` is one.
+    ///
+    /// # Errors
+    /// A weight that cannot be decoded, or no memory.
+    fn transposed(&mut self, c: &mut Ctx, w: Tensor) -> Result<Option<Tensor>, GraphError>;
+}
+
+/// Gradients of a node's sources, one slot each; none where no gradient is needed.
+pub type Grads = Vec<Option<Tensor>>;
+
+/// Emit the gradients of `node`'s sources for `grad`, the gradient of its result.
+/// `need[i]`: source `i` depends on a parameter.
+///
+/// # Errors
+/// An op without a rule, or shapes a rule does not handle.
+pub fn vjp(
+    c: &mut Ctx,
+    node: &Node,
+    grad: Tensor,
+    need: &[bool],
+    env: &mut dyn Weightless,
+) -> Result<Grads, GraphError> {
+    match node.op {
+        sys::GGML_OP_ADD | sys::GGML_OP_SUB | sys::GGML_OP_MUL | sys::GGML_OP_DIV
+        | sys::GGML_OP_SQR | sys::GGML_OP_SCALE => elementwise::vjp(c, node, grad, need),
+        sys::GGML_OP_MUL_MAT | sys::GGML_OP_GET_ROWS => linear::vjp(c, node, grad, need, env),
+        sys::GGML_OP_RMS_NORM | sys::GGML_OP_NORM => norm::vjp(c, node, grad),
+        sys::GGML_OP_ROPE | sys::GGML_OP_SOFT_MAX => attention::vjp(c, node, grad, need),
+        sys::GGML_OP_GLU | sys::GGML_OP_UNARY => activation::vjp(c, node, grad, need),
+        sys::GGML_OP_CONT | sys::GGML_OP_RESHAPE | sys::GGML_OP_VIEW | sys::GGML_OP_PERMUTE
+        | sys::GGML_OP_TRANSPOSE => shape::vjp(c, node, grad),
+        op => Err(GraphError::NoRule { op: op_name(op) }),
+    }
+}
+
+/// Whether [`vjp`] has a rule for an op; what it says of ops with several kinds (unary,
+/// gated) holds for the kinds that architectures of the README's table use.
+pub fn has_rule(op: u32) -> bool {
+    matches!(
+        op,
+        sys::GGML_OP_ADD
+            | sys::GGML_OP_SUB
+            | sys::GGML_OP_MUL
+            | sys::GGML_OP_DIV
+            | sys::GGML_OP_SQR
+            | sys::GGML_OP_SCALE
+            | sys::GGML_OP_MUL_MAT
+            | sys::GGML_OP_GET_ROWS
+            | sys::GGML_OP_RMS_NORM
+            | sys::GGML_OP_NORM
+            | sys::GGML_OP_ROPE
+            | sys::GGML_OP_SOFT_MAX
+            | sys::GGML_OP_GLU
+            | sys::GGML_OP_UNARY
+            | sys::GGML_OP_CONT
+            | sys::GGML_OP_RESHAPE
+            | sys::GGML_OP_VIEW
+            | sys::GGML_OP_PERMUTE
+            | sys::GGML_OP_TRANSPOSE
+    )
+}

@@ -1,0 +1,551 @@
+//! Forward and backward graphs for one batch shape, over the mapped model and a set of
+//! low-rank factors.
+
+use super::GraphError;
+use super::batch::Packed;
+use super::forward::{Record, Wanted};
+use super::rules::{Weightless, has_rule, vjp};
+use super::template::{Leaf, Step, Template};
+use super::weights::{Transposed, Weights};
+use crate::ggml::{Buffer, Cpu, Ctx, Graph, Plan, Tensor, op_name, sys};
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+/// One low-rank term `scale·B(A·x)` on an adaptable weight.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Factor {
+    /// Index into [`Template::adaptable`].
+    pub tensor: usize,
+    /// Rank.
+    pub rank: usize,
+    /// Scale s.
+    pub scale: f32,
+    /// Whether gradients are wanted.
+    pub trainable: bool,
+}
+
+/// Low-rank factors in backend memory: `lora_a [n_in, rank]`, `lora_b [rank, n_out]` each.
+pub struct Factors {
+    /// What they adapt.
+    pub list: Vec<Factor>,
+    ctx: Ctx,
+    tensors: Vec<(Tensor, Tensor)>,
+    offsets: Vec<(usize, usize)>,
+    buffer: Arc<Buffer>,
+}
+
+impl Factors {
+    /// Zeroed factors for `list`.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    pub fn new(cpu: &Cpu, template: &Template, list: Vec<Factor>) -> Result<Self, GraphError> {
+        let mut ctx = Ctx::new(2 * list.len() + 8)?;
+        let mut tensors = Vec::new();
+        let (mut offsets, mut at) = (Vec::new(), 0usize);
+        let mut place = |bytes: usize| {
+            let here = at;
+            at += bytes.next_multiple_of(64);
+            here
+        };
+        for f in &list {
+            let t = &template.adaptable[f.tensor];
+            let (a, b) = (a_shape(t.n_in, f.rank), b_shape(t.n_out, f.rank));
+            tensors.push((ctx.leaf(sys::GGML_TYPE_F32, a, "")?, ctx.leaf(sys::GGML_TYPE_F32, b, "")?));
+            offsets.push((place(t.n_in * f.rank * 4), place(t.n_out * f.rank * 4)));
+        }
+        let buffer = cpu.alloc(at)?;
+        for (&(a, b), &(at_a, at_b)) in tensors.iter().zip(&offsets) {
+            ctx.bind(a, &buffer, at_a)?;
+            ctx.bind(b, &buffer, at_b)?;
+        }
+        Ok(Self {
+            list,
+            ctx,
+            tensors,
+            offsets,
+            buffer,
+        })
+    }
+
+    /// Set factor `i`: `a [n_in, rank]`, `b [rank, n_out]`.
+    ///
+    /// # Errors
+    /// Other lengths.
+    pub fn write(&mut self, i: usize, a: &[f32], b: &[f32]) -> Result<(), GraphError> {
+        let (ta, tb) = self.tensors[i];
+        self.ctx.write(ta, a)?;
+        self.ctx.write(tb, b)?;
+        Ok(())
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.buffer.size()
+    }
+
+    fn leaves(&self, c: &mut Ctx, template: &Template, i: usize) -> Result<(Tensor, Tensor), GraphError> {
+        let f = &self.list[i];
+        let t = &template.adaptable[f.tensor];
+        let a = c.leaf(sys::GGML_TYPE_F32, a_shape(t.n_in, f.rank), "")?;
+        let b = c.leaf(sys::GGML_TYPE_F32, b_shape(t.n_out, f.rank), "")?;
+        c.bind(a, &self.buffer, self.offsets[i].0)?;
+        c.bind(b, &self.buffer, self.offsets[i].1)?;
+        Ok((a, b))
+    }
+}
+
+fn a_shape(n_in: usize, rank: usize) -> [i64; 4] {
+    [n_in as i64, rank as i64, 1, 1]
+}
+
+fn b_shape(n_out: usize, rank: usize) -> [i64; 4] {
+    [rank as i64, n_out as i64, 1, 1]
+}
+
+/// Whole weights that are trained instead of frozen, in f32.
+pub struct FreeWeights {
+    names: Vec<String>,
+    shapes: Vec<[i64; 4]>,
+    ctx: Ctx,
+    tensors: Vec<Tensor>,
+    offsets: Vec<usize>,
+    buffer: Arc<Buffer>,
+}
+
+impl FreeWeights {
+    /// The named weights, decoded from the model file.
+    ///
+    /// # Errors
+    /// No tensor of that name, or no memory.
+    pub fn new(cpu: &Cpu, weights: &Weights, names: Vec<String>) -> Result<Self, GraphError> {
+        let mut ctx = Ctx::new(names.len() + 8)?;
+        let (mut tensors, mut offsets, mut shapes, mut at) = (vec![], vec![], vec![], 0usize);
+        for name in &names {
+            let info = weights.info(name)?;
+            let ne = info.ne.map(|n| n as i64);
+            tensors.push(ctx.leaf(sys::GGML_TYPE_F32, ne, name)?);
+            offsets.push(at);
+            shapes.push(ne);
+            at += (info.n_elements() as usize * 4).next_multiple_of(64);
+        }
+        let buffer = cpu.alloc(at)?;
+        for ((&t, &at), name) in tensors.iter().zip(&offsets).zip(&names) {
+            ctx.bind(t, &buffer, at)?;
+            ctx.write(t, &weights.decoded(name)?)?;
+        }
+        Ok(Self {
+            names,
+            shapes,
+            ctx,
+            tensors,
+            offsets,
+            buffer,
+        })
+    }
+
+    /// The names, in order.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// Values of weight `i`.
+    ///
+    /// # Errors
+    /// Never for weights of this set.
+    pub fn read(&self, i: usize) -> Result<Vec<f32>, GraphError> {
+        let mut out = vec![0f32; self.ctx.n_elements(self.tensors[i])];
+        self.ctx.read(self.tensors[i], &mut out)?;
+        Ok(out)
+    }
+
+    /// Set weight `i`.
+    ///
+    /// # Errors
+    /// Another length.
+    pub fn write(&mut self, i: usize, values: &[f32]) -> Result<(), GraphError> {
+        Ok(self.ctx.write(self.tensors[i], values)?)
+    }
+
+    fn leaf(&self, c: &mut Ctx, name: &str) -> Result<Option<Tensor>, GraphError> {
+        let Some(i) = self.names.iter().position(|n| n == name) else {
+            return Ok(None);
+        };
+        let t = c.leaf(sys::GGML_TYPE_F32, self.shapes[i], name)?;
+        c.bind(t, &self.buffer, self.offsets[i])?;
+        Ok(Some(t))
+    }
+}
+
+/// What is trained.
+#[derive(Clone, Copy)]
+pub enum Trained<'a> {
+    /// Low-rank factors; the model is frozen. Some of them may be frozen too.
+    Factors(&'a Factors),
+    /// Whole weights.
+    Weights(&'a FreeWeights),
+    /// Nothing.
+    Nothing,
+}
+
+/// Where the graph ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Final hidden state `[n_embd, R]`; the head is computed elsewhere, in chunks.
+    Hidden,
+    /// Logits `[n_vocab, R]`.
+    Logits,
+}
+
+/// The model as a tape sees it.
+pub struct Parts<'a> {
+    /// The graph.
+    pub template: &'a Template,
+    /// The mapped file.
+    pub weights: &'a Weights,
+    /// Sliding window, if the model has one.
+    pub window: Option<usize>,
+}
+
+/// Forward and backward graphs of one shape.
+pub struct Tape {
+    ctx: Ctx,
+    forward: Graph,
+    backward: Option<Graph>,
+    plan: Plan,
+    tokens: Tensor,
+    positions: Option<Tensor>,
+    out_ids: Option<Tensor>,
+    masks: Vec<(Tensor, bool)>,
+    window: Option<usize>,
+    output: Tensor,
+    seed: Option<Tensor>,
+    grads: Vec<Tensor>,
+    shape: (usize, usize),
+}
+
+struct Env<'a> {
+    weights: &'a Weights,
+    transposed: &'a mut Transposed,
+    cpu: &'a Cpu,
+    frozen: HashMap<Tensor, String>,
+}
+
+impl Weightless for Env<'_> {
+    fn transposed(&mut self, c: &mut Ctx, w: Tensor) -> Result<Option<Tensor>, GraphError> {
+        let Some(name) = self.frozen.get(&w) else {
+            return Ok(None);
+        };
+        self.transposed.leaf(c, self.weights, self.cpu, name).map(Some)
+    }
+}
+
+impl Tape {
+    /// Build the graphs for `n_tokens` tokens and `n_rows` output rows. Without anything
+    /// trainable there is no backward graph.
+    ///
+    /// # Errors
+    /// Ops that cannot be rebuilt or differentiated, and want of memory.
+    pub fn new(
+        parts: &Parts<'_>,
+        trained: Trained<'_>,
+        end: End,
+        (n_tokens, n_rows): (usize, usize),
+        cpu: &Cpu,
+        transposed: &mut Transposed,
+    ) -> Result<Self, GraphError> {
+        let template = parts.template;
+        let last = match end {
+            End::Hidden => template.hidden,
+            End::Logits => template.entries.len() - 1,
+        };
+        let n_factors = match trained {
+            Trained::Factors(f) => f.list.len(),
+            _ => 0,
+        };
+        let mut c = Ctx::new(24 * template.entries.len() + 64 * n_factors + 1024)?;
+        let (t, r) = (n_tokens as i64, n_rows as i64);
+        let mut record = Record::default();
+        let mut built: Vec<Option<Tensor>> = vec![None; template.entries.len()];
+        let mut inputs = Vec::new();
+        let (mut tokens, mut positions, mut out_ids, mut masks) = (None, None, None, Vec::new());
+        let mut constants = Vec::new();
+        let mut frozen = HashMap::new();
+        let mut params: Vec<Tensor> = Vec::new();
+        let mut factor_leaves = HashMap::new();
+        if let Trained::Factors(f) = trained {
+            for (i, factor) in f.list.iter().enumerate() {
+                let (a, b) = f.leaves(&mut c, template, i)?;
+                factor_leaves.insert(i, (a, b));
+                if factor.trainable {
+                    params.extend([a, b]);
+                }
+            }
+        }
+        let mut free: HashMap<String, Tensor> = HashMap::new();
+        if let Trained::Weights(w) = trained {
+            for name in w.names() {
+                let leaf = w.leaf(&mut c, name)?.expect("the set holds its own names");
+                free.insert(name.clone(), leaf);
+                params.push(leaf);
+            }
+        }
+        for (i, e) in template.entries.iter().enumerate().take(last + 1) {
+            let ne = e.ne.map(|n| n.at(t, r));
+            let source = |s: usize| built[s].expect("sources come before readers");
+            let tensor = match &e.step {
+                Step::Leaf(Leaf::Weight(name)) => match free.get(name) {
+                    Some(&w) => w,
+                    None => {
+                        let w = parts.weights.leaf(&mut c, name)?;
+                        frozen.insert(w, name.clone());
+                        w
+                    }
+                },
+                Step::Leaf(leaf) => {
+                    let (ty, ne) = match leaf {
+                        Leaf::Mask { .. } => (sys::GGML_TYPE_F32, [t, t, 1, 1]),
+                        Leaf::Constant(_) => (sys::GGML_TYPE_F32, ne),
+                        _ => (sys::GGML_TYPE_I32, ne),
+                    };
+                    let x = c.leaf(ty, ne, &e.name)?;
+                    inputs.push(x);
+                    match leaf {
+                        Leaf::Tokens => tokens = Some(x),
+                        Leaf::Positions => positions = Some(x),
+                        Leaf::OutIds => out_ids = Some(x),
+                        Leaf::Mask { window } => masks.push((x, *window)),
+                        Leaf::Constant(value) => constants.push((x, *value)),
+                        Leaf::Weight(_) => unreachable!("matched above"),
+                    }
+                    x
+                }
+                Step::Cached { src, transposed } => record.cached(&mut c, source(*src), ne, *transposed)?,
+                Step::Adapter { base, x, tensor } => {
+                    let mut y = source(*base);
+                    if let Trained::Factors(f) = trained {
+                        for (k, factor) in f.list.iter().enumerate() {
+                            if factor.tensor == *tensor {
+                                y = record.low_rank(&mut c, y, source(*x), factor_leaves[&k], factor.scale)?;
+                            }
+                        }
+                    }
+                    y
+                }
+                Step::Op { op, params, src, nb } => {
+                    let src: Vec<Tensor> = src.iter().map(|&s| source(s)).collect();
+                    let wanted = Wanted {
+                        ne,
+                        nb: nb.map(|n| n.at(t, r) as usize),
+                    };
+                    let out = record.emit(&mut c, *op, params, &src, Some(&wanted));
+                    let out = out.map_err(|err| name_op(err, parts, &e.name))?;
+                    if c.ne(out) != ne {
+                        return Err(GraphError::Untraceable(format!(
+                            "{} comes out as {:?}, llama.cpp has {ne:?}",
+                            e.name,
+                            c.ne(out)
+                        )));
+                    }
+                    out
+                }
+            };
+            built[i] = Some(tensor);
+        }
+        let output = built[last].expect("built above");
+        c.set_output(output);
+        let full = c.graph(&[output])?;
+        let n_forward = c.n_nodes(full);
+        let mut grads = Vec::new();
+        let mut seed = None;
+        if !params.is_empty() {
+            let s = c.leaf(sys::GGML_TYPE_F32, c.ne(output), "seed")?;
+            inputs.push(s);
+            seed = Some(s);
+            let mut env = Env {
+                weights: parts.weights,
+                transposed,
+                cpu,
+                frozen,
+            };
+            grads = backward(&mut c, &record, output, s, &params, &mut env)?;
+            for &g in &grads {
+                c.set_output(g);
+                c.extend_graph(full, g);
+            }
+        }
+        let (forward, backward) = if params.is_empty() {
+            (full, None)
+        } else {
+            let n = c.n_nodes(full);
+            let forward = c.graph_part(full, 0..n_forward)?;
+            (forward, Some(c.graph_part(full, n_forward..n)?))
+        };
+        cpu.place(&mut c, &inputs)?;
+        for (x, value) in constants {
+            let values = vec![value; c.n_elements(x)];
+            c.write(x, &values)?;
+        }
+        let plan = cpu.plan(&c, full)?;
+        Ok(Self {
+            ctx: c,
+            forward,
+            backward,
+            plan,
+            tokens: tokens.ok_or_else(|| GraphError::Untraceable("its graph reads no tokens".into()))?,
+            positions,
+            out_ids,
+            masks,
+            window: parts.window,
+            output,
+            seed,
+            grads,
+            shape: (n_tokens, n_rows),
+        })
+    }
+
+    /// (T, R) the graphs were built for.
+    pub fn shape(&self) -> (usize, usize) {
+        self.shape
+    }
+
+    /// Bytes of intermediate tensors.
+    pub fn bytes(&self) -> usize {
+        self.plan.bytes
+    }
+
+    /// Number of trained tensors.
+    pub fn n_grads(&self) -> usize {
+        self.grads.len()
+    }
+
+    /// Compute the output `[n_embd or n_vocab, R]` for a batch of this shape.
+    ///
+    /// # Errors
+    /// A batch of another shape.
+    pub fn forward(&mut self, cpu: &mut Cpu, batch: &Packed, out: &mut Vec<f32>) -> Result<(), GraphError> {
+        let check = |what, wanted, found| {
+            if wanted == found { Ok(()) } else { Err(GraphError::Batch { what, wanted, found }) }
+        };
+        check("tokens", self.shape.0, batch.n_tokens())?;
+        check("rows", self.shape.1, batch.n_padded_rows())?;
+        self.ctx.write(self.tokens, &batch.tokens)?;
+        if let Some(p) = self.positions {
+            let sections = self.ctx.n_elements(p) / batch.positions.len();
+            // Multi-section rope: time, height and width agree for text, the fourth is 0.
+            let mut positions = batch.positions.repeat(sections.min(3));
+            positions.resize(sections * batch.positions.len(), 0);
+            self.ctx.write(p, &positions)?;
+        }
+        if let Some(ids) = self.out_ids {
+            self.ctx.write(ids, &batch.rows)?;
+        }
+        for &(m, window) in &self.masks {
+            let mask = batch.mask(self.window.filter(|_| window));
+            self.ctx.write(m, &mask)?;
+        }
+        cpu.compute(&self.ctx, self.forward)?;
+        out.resize(self.ctx.n_elements(self.output), 0.0);
+        self.ctx.read(self.output, out)?;
+        Ok(())
+    }
+
+    /// Propagate `seed`, the gradient of the output of the last forward pass.
+    ///
+    /// # Errors
+    /// Another length, or a tape without anything trainable.
+    pub fn backward(&mut self, cpu: &mut Cpu, seed: &[f32]) -> Result<(), GraphError> {
+        let (Some(graph), Some(s)) = (self.backward, self.seed) else {
+            return Err(GraphError::NoRule {
+                op: "of a tape without parameters".into(),
+            });
+        };
+        self.ctx.write(s, seed)?;
+        cpu.compute(&self.ctx, graph)?;
+        Ok(())
+    }
+
+    /// Gradient of trained tensor `i` after [`Tape::backward`]: for factors A and B of each
+    /// trainable factor in turn, for whole weights their order.
+    ///
+    /// # Errors
+    /// Another length.
+    pub fn read_grad(&self, i: usize, out: &mut [f32]) -> Result<(), GraphError> {
+        Ok(self.ctx.read(self.grads[i], out)?)
+    }
+
+    /// Elements of gradient `i`.
+    pub fn grad_len(&self, i: usize) -> usize {
+        self.ctx.n_elements(self.grads[i])
+    }
+}
+
+fn name_op(err: GraphError, parts: &Parts<'_>, node: &str) -> GraphError {
+    match err {
+        GraphError::Op { op, .. } => GraphError::Op {
+            arch: parts.weights.arch().unwrap_or("unknown").to_owned(),
+            op,
+            node: node.to_owned(),
+        },
+        other => other,
+    }
+}
+
+/// The first op of the template that has no gradient rule, if any.
+pub fn first_without_rule(template: &Template) -> Option<String> {
+    template
+        .ops()
+        .into_iter()
+        .find(|&op| !has_rule(op))
+        .map(op_name)
+}
+
+/// Reverse accumulation over the recorded nodes.
+fn backward(
+    c: &mut Ctx,
+    record: &Record,
+    output: Tensor,
+    seed: Tensor,
+    params: &[Tensor],
+    env: &mut Env<'_>,
+) -> Result<Vec<Tensor>, GraphError> {
+    let mut needs: HashSet<Tensor> = params.iter().copied().collect();
+    for node in &record.nodes {
+        if node.src.iter().any(|s| needs.contains(s)) {
+            needs.insert(node.out);
+        }
+    }
+    let mut grad: HashMap<Tensor, Tensor> = HashMap::from([(output, seed)]);
+    for node in record.nodes.iter().rev() {
+        let Some(g) = grad.get(&node.out).copied() else {
+            continue;
+        };
+        let need: Vec<bool> = node.src.iter().map(|s| needs.contains(s)).collect();
+        if !need.contains(&true) {
+            continue;
+        }
+        let moves = matches!(node.op, sys::GGML_OP_PERMUTE | sys::GGML_OP_TRANSPOSE | sys::GGML_OP_ADD);
+        let g = if moves { g } else { c.packed(g)? };
+        let source_grads = vjp(c, node, g, &need, env)?;
+        for ((&s, new), &wanted) in node.src.iter().zip(source_grads).zip(&need) {
+            let (Some(new), true) = (new, wanted) else {
+                continue;
+            };
+            let total = match grad.get(&s) {
+                Some(&old) => {
+                    let (old, new) = (c.packed(old)?, c.packed(new)?);
+                    c.add(old, new)?
+                }
+                None => new,
+            };
+            grad.insert(s, total);
+        }
+    }
+    params
+        .iter()
+        .map(|p| match grad.get(p) {
+            Some(&g) => Ok(c.packed(g)?),
+            None => Err(GraphError::Untraceable("a trained tensor does not reach the output".into())),
+        })
+        .collect()
+}

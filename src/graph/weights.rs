@@ -1,0 +1,190 @@
+//! The model file's tensors, mapped, and the transposed copies that the backward pass
+//! multiplies with.
+
+use super::GraphError;
+use crate::ggml::{Buffer, Ctx, OpError, Tensor, dequantize, sys};
+use crate::gguf::{Gguf, GgufSet, MappedGguf, TensorInfo};
+use half::bf16;
+use rayon::prelude::*;
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+struct Part {
+    map: Arc<MappedGguf>,
+    buffer: Arc<Buffer>,
+}
+
+/// A model file (or all parts of a split one), checked and mapped read-only.
+pub struct Weights {
+    parts: Vec<Part>,
+    index: HashMap<String, usize>,
+    set: GgufSet,
+}
+
+impl Weights {
+    /// Open and map `path`; any part of a split file brings the others.
+    ///
+    /// # Errors
+    /// A malformed file, or a failing map.
+    pub fn open(path: &Path) -> Result<Self, GraphError> {
+        let set = GgufSet::open(path)?;
+        let mut parts = Vec::new();
+        let mut index = HashMap::new();
+        for gguf in set.parts() {
+            for t in gguf.tensors() {
+                index.insert(t.name.clone(), parts.len());
+            }
+            let map = Arc::new(MappedGguf::new(Gguf::open(gguf.path())?)?);
+            let buffer = Buffer::over(map.clone(), MappedGguf::bytes)?;
+            parts.push(Part { map, buffer });
+        }
+        Ok(Self { parts, index, set })
+    }
+
+    /// The checked headers.
+    pub fn set(&self) -> &GgufSet {
+        &self.set
+    }
+
+    /// `general.architecture`.
+    ///
+    /// # Errors
+    /// A missing key.
+    pub fn arch(&self) -> Result<&str, GraphError> {
+        Ok(self.set.metadata().get::<&str>("general.architecture")?)
+    }
+
+    /// Whether the file holds a tensor of this name.
+    pub fn has(&self, name: &str) -> bool {
+        self.index.contains_key(name)
+    }
+
+    /// Shape and type of a tensor.
+    ///
+    /// # Errors
+    /// No tensor of that name.
+    pub fn info(&self, name: &str) -> Result<&TensorInfo, GraphError> {
+        let part = self.index.get(name).map_or(&self.parts[0], |&p| &self.parts[p]);
+        Ok(part.map.gguf().require(name)?)
+    }
+
+    /// The encoded bytes of a tensor.
+    ///
+    /// # Errors
+    /// No tensor of that name.
+    pub fn bytes(&self, name: &str) -> Result<&[u8], GraphError> {
+        let part = self.index.get(name).map_or(&self.parts[0], |&p| &self.parts[p]);
+        Ok(part.map.tensor_bytes(name)?)
+    }
+
+    /// The decoded values of a tensor, rows after one another: `[n_in, n_out]`.
+    ///
+    /// # Errors
+    /// No tensor of that name, or a type without decoder.
+    pub fn decoded(&self, name: &str) -> Result<Vec<f32>, GraphError> {
+        let info = self.info(name)?;
+        let mut out = vec![0f32; info.n_elements() as usize];
+        let row = info.ne[0] as usize;
+        let row_bytes = info.row_bytes() as usize;
+        let bytes = self.bytes(name)?;
+        out.par_chunks_mut(row)
+            .zip(bytes.par_chunks(row_bytes))
+            .try_for_each(|(o, b)| dequantize(info.ty.id(), b, o))?;
+        Ok(out)
+    }
+
+    /// A leaf of `ctx` over the mapped bytes of a tensor.
+    ///
+    /// # Errors
+    /// No tensor of that name, or a shape ggml refuses.
+    pub fn leaf(&self, ctx: &mut Ctx, name: &str) -> Result<Tensor, GraphError> {
+        let part = self.index.get(name).map_or(&self.parts[0], |&p| &self.parts[p]);
+        let gguf = part.map.gguf();
+        let info = gguf.require(name)?;
+        let ne = info.ne.map(|n| n as i64);
+        let t = ctx.leaf(info.ty.id(), ne, name)?;
+        let offset = info.absolute_offset(gguf.data_offset());
+        ctx.bind(t, &part.buffer, offset as usize)?;
+        Ok(t)
+    }
+}
+
+/// Transposed BF16 copies `[n_out, n_in]` of weights, made on first use and kept.
+///
+/// `dX = Wᵀ·dY` is then one `mul_mat` at full speed, where ggml's own rule decodes all of
+/// W once per token. Cost: two bytes a weight; relative error of the product 2.4e-3.
+#[derive(Default)]
+pub struct Transposed {
+    buffers: HashMap<String, Arc<Buffer>>,
+    f32: bool,
+}
+
+impl Transposed {
+    /// Keep f32 copies instead: exact, twice the memory. For gradient checks.
+    pub fn exact() -> Self {
+        Self {
+            buffers: HashMap::new(),
+            f32: true,
+        }
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.buffers.values().map(|b| b.size()).sum()
+    }
+
+    /// A leaf `[n_out, n_in]` of `ctx` with the transposed weight.
+    ///
+    /// # Errors
+    /// A weight that cannot be decoded, or no memory.
+    pub fn leaf(
+        &mut self,
+        ctx: &mut Ctx,
+        weights: &Weights,
+        cpu: &crate::ggml::Cpu,
+        name: &str,
+    ) -> Result<Tensor, GraphError> {
+        let info = weights.info(name)?;
+        let (n_in, n_out) = (info.ne[0] as usize, info.ne[1] as usize);
+        if info.ne[2] * info.ne[3] != 1 {
+            return Err(GraphError::Ggml(OpError::Shape {
+                op: "transposed weight",
+                wanted: "a matrix",
+                found: format!("{:?}", info.ne),
+            }));
+        }
+        let ty = if self.f32 { sys::GGML_TYPE_F32 } else { sys::GGML_TYPE_BF16 };
+        let t = ctx.leaf(ty, [n_out as i64, n_in as i64, 1, 1], "")?;
+        if let Some(buffer) = self.buffers.get(name) {
+            ctx.bind(t, buffer, 0)?;
+            return Ok(t);
+        }
+        let buffer = cpu.alloc(ctx.n_bytes(t))?;
+        ctx.bind(t, &buffer, 0)?;
+        let w = weights.decoded(name)?;
+        if self.f32 {
+            ctx.write(t, &transpose(&w, n_in, |x| x))?;
+        } else {
+            ctx.write(t, &transpose(&w, n_in, bf16::from_f32))?;
+        }
+        self.buffers.insert(name.to_owned(), buffer);
+        Ok(t)
+    }
+}
+
+/// Rows of `n_in` become columns; `f` converts each element.
+fn transpose<T: Copy + Default + Send>(w: &[f32], n_in: usize, f: impl Fn(f32) -> T + Sync) -> Vec<T> {
+    let n_out = w.len() / n_in;
+    let mut out = vec![T::default(); w.len()];
+    // Eight output rows at a time: one cache line of every input row.
+    out.par_chunks_mut(8 * n_out).enumerate().for_each(|(block, rows)| {
+        let first = block * 8;
+        for o in 0..n_out {
+            for (i, row) in rows.chunks_mut(n_out).enumerate() {
+                row[o] = f(w[o * n_in + first + i]);
+            }
+        }
+    });
+    out
+}

@@ -1,0 +1,83 @@
+//! An opened model: the checked, mapped file and llama.cpp's own view of it.
+
+use crate::data::{Template, Tokenize, TokenizeError};
+use crate::error::Error;
+use crate::ggml::{Model, ModelOptions};
+use crate::graph::weights::Weights;
+use std::path::Path;
+
+/// A model file, validated by our reader, mapped, and loaded by llama.cpp.
+pub struct OpenModel {
+    /// llama.cpp's model.
+    pub model: Model,
+    /// The mapped file.
+    pub weights: Weights,
+}
+
+impl OpenModel {
+    /// Open `path`. The file is checked before llama.cpp sees it, because llama.cpp ends
+    /// the process on some malformed ones.
+    ///
+    /// Weights are not repacked: our graphs and llama.cpp then share the mapped pages and
+    /// agree to the bit.
+    ///
+    /// # Errors
+    /// A malformed file, a file that is no model, or llama.cpp's refusal.
+    pub fn open(path: &Path, n_gpu_layers: i32) -> Result<Self, Error> {
+        let weights = Weights::open(path)?;
+        let kind = weights.set().metadata().get_opt::<&str>("general.type")?;
+        if let Some(kind) = kind.filter(|k| *k != "model") {
+            return Err(Error::NotAModel {
+                path: path.to_owned(),
+                found: kind.to_owned(),
+            });
+        }
+        let options = ModelOptions {
+            n_gpu_layers,
+            repack: false,
+            ..ModelOptions::default()
+        };
+        let model = Model::load(path, options)?;
+        Ok(Self { model, weights })
+    }
+
+    /// The chat template in the file, if it has one.
+    ///
+    /// # Errors
+    /// A template key that is no string.
+    pub fn template(&self) -> Result<Template, Error> {
+        let source = self.weights.set().metadata().get_opt::<&str>("tokenizer.chat_template")?;
+        Ok(source.map_or(Template::None, |s| Template::Gguf(s.to_owned())))
+    }
+}
+
+impl Tokenize for Model {
+    fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<i32>, TokenizeError> {
+        let mut tokens = Model::tokenize(self, text, add_special, parse_special);
+        // llama.cpp's `add_special` may close the text as well; an answer's end is ours to set.
+        if add_special && !text.is_empty() && tokens.len() > 1 && tokens.last().copied() == self.eos() {
+            tokens.pop();
+        }
+        Ok(tokens)
+    }
+
+    fn end_of_answer(&self) -> Option<i32> {
+        self.eos()
+    }
+
+    fn is_end(&self, token: i32) -> bool {
+        Model::is_end(self, token)
+    }
+
+    fn bos_piece(&self) -> String {
+        self.bos().map_or_else(String::new, |t| lossy(&self.piece(t, true)))
+    }
+
+    fn eos_piece(&self) -> String {
+        self.eos().map_or_else(String::new, |t| lossy(&self.piece(t, true)))
+    }
+}
+
+fn lossy(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
