@@ -90,7 +90,8 @@ impl Error {
     /// 5 quality gate not met, 6 resources, 7 committed but durability unknown, 8 engine.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Setting { .. } | Self::Atomic(AtomicError::Exists { .. } | AtomicError::NoFileName { .. }) => 2,
+            Self::Setting { .. }
+            | Self::Atomic(AtomicError::Exists { .. } | AtomicError::NoFileName { .. }) => 2,
             Self::Gguf(GgufError::Atomic(AtomicError::Exists { .. })) => 2,
             Self::Gguf(_) | Self::Data(_) | Self::NotAModel { .. } => 3,
             Self::Atomic(AtomicError::Io { doing, .. }) if *doing == "syncing the directory" => 7,

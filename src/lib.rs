@@ -1,6 +1,7 @@
 //! nepenthe: make a deployed, quantised GGUF model forget.
 
 pub mod atomic;
+pub mod capture;
 pub mod cli;
 pub mod data;
 pub mod error;
@@ -9,5 +10,8 @@ pub mod ggml;
 pub mod gguf;
 pub mod graph;
 pub mod model;
+pub mod project;
+pub mod subspace;
+pub mod train;
 
 pub use error::Error;

@@ -46,16 +46,29 @@ impl OpenModel {
     /// # Errors
     /// A template key that is no string.
     pub fn template(&self) -> Result<Template, Error> {
-        let source = self.weights.set().metadata().get_opt::<&str>("tokenizer.chat_template")?;
+        let source = self
+            .weights
+            .set()
+            .metadata()
+            .get_opt::<&str>("tokenizer.chat_template")?;
         Ok(source.map_or(Template::None, |s| Template::Gguf(s.to_owned())))
     }
 }
 
 impl Tokenize for Model {
-    fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<i32>, TokenizeError> {
+    fn tokenize(
+        &self,
+        text: &str,
+        add_special: bool,
+        parse_special: bool,
+    ) -> Result<Vec<i32>, TokenizeError> {
         let mut tokens = Model::tokenize(self, text, add_special, parse_special);
         // llama.cpp's `add_special` may close the text as well; an answer's end is ours to set.
-        if add_special && !text.is_empty() && tokens.len() > 1 && tokens.last().copied() == self.eos() {
+        if add_special
+            && !text.is_empty()
+            && tokens.len() > 1
+            && tokens.last().copied() == self.eos()
+        {
             tokens.pop();
         }
         Ok(tokens)
@@ -70,11 +83,13 @@ impl Tokenize for Model {
     }
 
     fn bos_piece(&self) -> String {
-        self.bos().map_or_else(String::new, |t| lossy(&self.piece(t, true)))
+        self.bos()
+            .map_or_else(String::new, |t| lossy(&self.piece(t, true)))
     }
 
     fn eos_piece(&self) -> String {
-        self.eos().map_or_else(String::new, |t| lossy(&self.piece(t, true)))
+        self.eos()
+            .map_or_else(String::new, |t| lossy(&self.piece(t, true)))
     }
 }
 

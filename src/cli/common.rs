@@ -16,7 +16,12 @@ pub struct ModelArgs {
     #[arg(short, long, value_name = "N")]
     pub threads: Option<usize>,
     /// Layers to offload to a GPU: a number, auto or all
-    #[arg(long = "n-gpu-layers", visible_alias = "gpu-layers", value_name = "N|auto|all", default_value = "0")]
+    #[arg(
+        long = "n-gpu-layers",
+        visible_alias = "gpu-layers",
+        value_name = "N|auto|all",
+        default_value = "0"
+    )]
     pub n_gpu_layers: GpuLayers,
     /// Print llama.cpp's log
     #[arg(short, long)]
@@ -51,7 +56,10 @@ impl FromStr for GpuLayers {
     fn from_str(s: &str) -> Result<Self, String> {
         match s {
             "auto" | "all" => Ok(Self(-1)),
-            n => n.parse().map(Self).map_err(|_| format!("wanted a number, auto or all, found {n:?}")),
+            n => n
+                .parse()
+                .map(Self)
+                .map_err(|_| format!("wanted a number, auto or all, found {n:?}")),
         }
     }
 }

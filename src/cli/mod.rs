@@ -31,6 +31,12 @@ impl Cli {
 
 /// llama.cpp's `-ngl` has three letters after one dash, which clap does not parse.
 pub fn llama_style(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
-    args.map(|a| if a == "-ngl" { "--n-gpu-layers".into() } else { a })
-        .collect()
+    args.map(|a| {
+        if a == "-ngl" {
+            "--n-gpu-layers".into()
+        } else {
+            a
+        }
+    })
+    .collect()
 }

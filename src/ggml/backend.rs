@@ -49,7 +49,8 @@ impl Cpu {
     pub fn compute(&mut self, ctx: &Ctx, graph: Graph) -> Result<(), OpError> {
         ctx.check_allocated(graph)?;
         // SAFETY: the graph belongs to `ctx`, all its tensors and sources have memory.
-        let status = unsafe { ggml_sys::ggml_backend_graph_compute(self.raw, ctx.graph_ptr(graph)) };
+        let status =
+            unsafe { ggml_sys::ggml_backend_graph_compute(self.raw, ctx.graph_ptr(graph)) };
         if status == ggml_sys::GGML_STATUS_SUCCESS {
             Ok(())
         } else {
@@ -72,10 +73,7 @@ impl Cpu {
         }
         // SAFETY: just allocated.
         unsafe { ggml_sys::ggml_backend_buffer_clear(raw, 0) };
-        Ok(Arc::new(Buffer {
-            raw,
-            _keep: None,
-        }))
+        Ok(Arc::new(Buffer { raw, _keep: None }))
     }
 
     /// Give memory to every tensor of `graph` that has none, reusing it along the graph.
@@ -127,7 +125,10 @@ impl Buffer {
     ///
     /// # Errors
     /// An unaligned base.
-    pub fn over<T: Any + Send + Sync>(keep: Arc<T>, bytes: fn(&T) -> &[u8]) -> Result<Arc<Self>, OpError> {
+    pub fn over<T: Any + Send + Sync>(
+        keep: Arc<T>,
+        bytes: fn(&T) -> &[u8],
+    ) -> Result<Arc<Self>, OpError> {
         let slice = bytes(&keep);
         if slice.as_ptr() as usize % 32 != 0 || slice.is_empty() {
             return Err(OpError::Backend("a mapped file is not 32-byte aligned"));

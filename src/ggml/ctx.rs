@@ -261,7 +261,11 @@ impl Ctx {
             return Err(OpError::Shape {
                 op: "bind",
                 wanted: "an unbound tensor that fits its buffer",
-                found: format!("{} at byte {offset} of {}", self.describe(&[t]), buffer.size()),
+                found: format!(
+                    "{} at byte {offset} of {}",
+                    self.describe(&[t]),
+                    buffer.size()
+                ),
             });
         }
         // SAFETY: the range lies inside the buffer, which `buffers` keeps alive.
@@ -288,7 +292,9 @@ impl Ctx {
         let bytes: &[u8] = bytemuck::cast_slice(data);
         self.check_data(t, bytes.len())?;
         // SAFETY: the tensor has memory for exactly `bytes.len()` bytes.
-        unsafe { ggml_sys::ggml_backend_tensor_set(self.ptr(t), bytes.as_ptr().cast(), 0, bytes.len()) };
+        unsafe {
+            ggml_sys::ggml_backend_tensor_set(self.ptr(t), bytes.as_ptr().cast(), 0, bytes.len())
+        };
         Ok(())
     }
 
@@ -300,7 +306,14 @@ impl Ctx {
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(out);
         self.check_data(t, bytes.len())?;
         // SAFETY: the tensor has memory for exactly `bytes.len()` bytes.
-        unsafe { ggml_sys::ggml_backend_tensor_get(self.ptr(t), bytes.as_mut_ptr().cast(), 0, bytes.len()) };
+        unsafe {
+            ggml_sys::ggml_backend_tensor_get(
+                self.ptr(t),
+                bytes.as_mut_ptr().cast(),
+                0,
+                bytes.len(),
+            )
+        };
         Ok(())
     }
 
@@ -357,10 +370,23 @@ impl Ctx {
         op: &'static str,
         a: Tensor,
         b: Tensor,
-        make: unsafe extern "C" fn(*mut ggml_context, *mut ggml_tensor, *mut ggml_tensor) -> *mut ggml_tensor,
+        make: unsafe extern "C" fn(
+            *mut ggml_context,
+            *mut ggml_tensor,
+            *mut ggml_tensor,
+        ) -> *mut ggml_tensor,
     ) -> Result<Tensor> {
-        let ok = self.is_f32(a) && self.is_f32(b) && self.rows_packed(a) && self.rows_packed(b) && self.repeats(b, a);
-        self.need(ok, op, "two f32 tensors, the second repeating into the first", &[a, b])?;
+        let ok = self.is_f32(a)
+            && self.is_f32(b)
+            && self.rows_packed(a)
+            && self.rows_packed(b)
+            && self.repeats(b, a);
+        self.need(
+            ok,
+            op,
+            "two f32 tensors, the second repeating into the first",
+            &[a, b],
+        )?;
         // SAFETY: checked above.
         let raw = unsafe { make(self.raw(), self.ptr(a), self.ptr(b)) };
         self.keep(raw)
@@ -395,7 +421,8 @@ impl Ctx {
     /// # Errors
     /// A tensor that is not contiguous f32, or an unknown number.
     pub fn unary(&mut self, a: Tensor, op: u32) -> Result<Tensor> {
-        let ok = self.is_f32(a) && self.is_contiguous(a) && op < ggml_sys::llama::GGML_UNARY_OP_COUNT;
+        let ok =
+            self.is_f32(a) && self.is_contiguous(a) && op < ggml_sys::llama::GGML_UNARY_OP_COUNT;
         self.need(ok, "unary", "contiguous f32 and a known op", &[a])?;
         // SAFETY: checked above.
         let raw = unsafe { ggml_sys::ggml_unary(self.raw(), self.ptr(a), op) };
@@ -441,7 +468,12 @@ impl Ctx {
             && self.rows_packed(b)
             && self.nb(a)[0] <= self.nb(a)[1]
             && self.is_f32(b);
-        self.need(ok, "mul_mat", "[k, m, …] by f32 [k, n, …] with packed rows", &[a, b])?;
+        self.need(
+            ok,
+            "mul_mat",
+            "[k, m, …] by f32 [k, n, …] with packed rows",
+            &[a, b],
+        )?;
         // SAFETY: checked above.
         let raw = unsafe { ggml_sys::ggml_mul_mat(self.raw(), self.ptr(a), self.ptr(b)) };
         self.keep(raw)
@@ -470,7 +502,8 @@ impl Ctx {
     /// Ids that are not i32, or mismatched outer dimensions.
     pub fn get_rows(&mut self, a: Tensor, ids: Tensor) -> Result<Tensor> {
         let (x, i) = (self.ne(a), self.ne(ids));
-        let ok = self.ty(ids) == ggml_sys::GGML_TYPE_I32 && x[2] == i[1] && x[3] == i[2] && i[3] == 1;
+        let ok =
+            self.ty(ids) == ggml_sys::GGML_TYPE_I32 && x[2] == i[1] && x[3] == i[2] && i[3] == 1;
         self.need(ok, "get_rows", "rows and i32 ids", &[a, ids])?;
         // SAFETY: checked above; ids are range-checked by whoever writes them.
         let raw = unsafe { ggml_sys::ggml_get_rows(self.raw(), self.ptr(a), self.ptr(ids)) };
@@ -491,9 +524,16 @@ impl Ctx {
             && g[0] == l[0]
             && g[1] == i[0]
             && l[2] * l[3] * g[2] * g[3] == 1;
-        self.need(ok, "get_rows_back", "gradient [n, k], ids [k], like [n, rows]", &[grad, ids, like])?;
+        self.need(
+            ok,
+            "get_rows_back",
+            "gradient [n, k], ids [k], like [n, rows]",
+            &[grad, ids, like],
+        )?;
         // SAFETY: checked above.
-        let raw = unsafe { ggml_sys::ggml_get_rows_back(self.raw(), self.ptr(grad), self.ptr(ids), self.ptr(like)) };
+        let raw = unsafe {
+            ggml_sys::ggml_get_rows_back(self.raw(), self.ptr(grad), self.ptr(ids), self.ptr(like))
+        };
         self.keep(raw)
     }
 
@@ -521,9 +561,15 @@ impl Ctx {
             && self.ne(grad) == self.ne(x)
             && self.rows_packed(x)
             && self.rows_packed(grad);
-        self.need(ok, "rms_norm_back", "two f32 tensors of one shape", &[grad, x])?;
+        self.need(
+            ok,
+            "rms_norm_back",
+            "two f32 tensors of one shape",
+            &[grad, x],
+        )?;
         // SAFETY: checked above.
-        let raw = unsafe { ggml_sys::ggml_rms_norm_back(self.raw(), self.ptr(grad), self.ptr(x), eps) };
+        let raw =
+            unsafe { ggml_sys::ggml_rms_norm_back(self.raw(), self.ptr(grad), self.ptr(x), eps) };
         self.keep(raw)
     }
 
@@ -543,7 +589,13 @@ impl Ctx {
     ///
     /// # Errors
     /// A non-contiguous tensor or a mask that does not cover it.
-    pub fn soft_max(&mut self, a: Tensor, mask: Option<Tensor>, scale: f32, max_bias: f32) -> Result<Tensor> {
+    pub fn soft_max(
+        &mut self,
+        a: Tensor,
+        mask: Option<Tensor>,
+        scale: f32,
+        max_bias: f32,
+    ) -> Result<Tensor> {
         let x = self.ne(a);
         let mask_ok = mask.is_none_or(|m| {
             let n = self.ne(m);
@@ -554,11 +606,20 @@ impl Ctx {
                 && x[2] % n[2] == 0
                 && x[3] % n[3] == 0
         });
-        let ok = self.is_f32(a) && self.is_contiguous(a) && mask_ok && (max_bias == 0.0 || mask.is_some());
-        self.need(ok, "soft_max", "contiguous f32 and a mask of its rows", &[a])?;
+        let ok = self.is_f32(a)
+            && self.is_contiguous(a)
+            && mask_ok
+            && (max_bias == 0.0 || mask.is_some());
+        self.need(
+            ok,
+            "soft_max",
+            "contiguous f32 and a mask of its rows",
+            &[a],
+        )?;
         let mask = mask.map_or(null_mut(), |m| self.ptr(m));
         // SAFETY: checked above.
-        let raw = unsafe { ggml_sys::ggml_soft_max_ext(self.raw(), self.ptr(a), mask, scale, max_bias) };
+        let raw =
+            unsafe { ggml_sys::ggml_soft_max_ext(self.raw(), self.ptr(a), mask, scale, max_bias) };
         self.keep(raw)
     }
 
@@ -567,10 +628,20 @@ impl Ctx {
     /// # Errors
     /// Tensors that are not contiguous f32 of one shape.
     pub fn soft_max_back(&mut self, grad: Tensor, y: Tensor, scale: f32) -> Result<Tensor> {
-        let ok = [grad, y].iter().all(|&t| self.is_f32(t) && self.is_contiguous(t)) && self.ne(grad) == self.ne(y);
-        self.need(ok, "soft_max_back", "two contiguous f32 tensors of one shape", &[grad, y])?;
+        let ok = [grad, y]
+            .iter()
+            .all(|&t| self.is_f32(t) && self.is_contiguous(t))
+            && self.ne(grad) == self.ne(y);
+        self.need(
+            ok,
+            "soft_max_back",
+            "two contiguous f32 tensors of one shape",
+            &[grad, y],
+        )?;
         // SAFETY: checked above.
-        let raw = unsafe { ggml_sys::ggml_soft_max_ext_back(self.raw(), self.ptr(grad), self.ptr(y), scale, 0.0) };
+        let raw = unsafe {
+            ggml_sys::ggml_soft_max_ext_back(self.raw(), self.ptr(grad), self.ptr(y), scale, 0.0)
+        };
         self.keep(raw)
     }
 
@@ -599,7 +670,12 @@ impl Ctx {
             && n_dims % 2 == 0
             && i64::from(n_dims) <= x[0]
             && factors.is_none_or(|f| self.is_f32(f) && self.ne(f)[0] >= i64::from(n_dims / 2));
-        self.need(ok, "rope", "f32 [d, heads, tokens] and i32 positions", &[a, pos])?;
+        self.need(
+            ok,
+            "rope",
+            "f32 [d, heads, tokens] and i32 positions",
+            &[a, pos],
+        )?;
         let factors = factors.map_or(null_mut(), |f| self.ptr(f));
         // The float parameters are overwritten below; only the mode decides the constructor.
         // SAFETY: checked above.
@@ -607,11 +683,36 @@ impl Ctx {
             let (c, a, pos) = (self.raw(), self.ptr(a), self.ptr(pos));
             if multi {
                 let mut sections = [params[11], params[12], params[13], params[14]];
-                let f = if back { ggml_sys::ggml_rope_multi_back } else { ggml_sys::ggml_rope_multi };
-                f(c, a, pos, factors, n_dims, sections.as_mut_ptr(), mode, 0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+                let f = if back {
+                    ggml_sys::ggml_rope_multi_back
+                } else {
+                    ggml_sys::ggml_rope_multi
+                };
+                f(
+                    c,
+                    a,
+                    pos,
+                    factors,
+                    n_dims,
+                    sections.as_mut_ptr(),
+                    mode,
+                    0,
+                    1.0,
+                    1.0,
+                    0.0,
+                    1.0,
+                    0.0,
+                    0.0,
+                )
             } else {
-                let f = if back { ggml_sys::ggml_rope_ext_back } else { ggml_sys::ggml_rope_ext };
-                f(c, a, pos, factors, n_dims, mode, 0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+                let f = if back {
+                    ggml_sys::ggml_rope_ext_back
+                } else {
+                    ggml_sys::ggml_rope_ext
+                };
+                f(
+                    c, a, pos, factors, n_dims, mode, 0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0,
+                )
             }
         };
         let t = self.keep(raw)?;
@@ -625,13 +726,20 @@ impl Ctx {
     /// # Errors
     /// Tensors that are not f32 with contiguous rows and one shape.
     pub fn glu(&mut self, a: Tensor, b: Option<Tensor>, op: u32, swapped: bool) -> Result<Tensor> {
-        let known = op < ggml_sys::llama::GGML_GLU_OP_SWIGLU_OAI || op == ggml_sys::llama::GGML_GLU_OP_GEGLU_ERF || op == ggml_sys::llama::GGML_GLU_OP_GEGLU_QUICK;
+        let known = op < ggml_sys::llama::GGML_GLU_OP_SWIGLU_OAI
+            || op == ggml_sys::llama::GGML_GLU_OP_GEGLU_ERF
+            || op == ggml_sys::llama::GGML_GLU_OP_GEGLU_QUICK;
         let shape_ok = match b {
             Some(b) => self.is_f32(b) && self.is_contiguous(b) && self.ne(a) == self.ne(b),
             None => self.ne(a)[0] % 2 == 0,
         };
         let ok = known && self.is_f32(a) && self.is_contiguous(a) && shape_ok;
-        self.need(ok, "glu", "contiguous f32 of one shape and a known gate", &[a])?;
+        self.need(
+            ok,
+            "glu",
+            "contiguous f32 of one shape and a known gate",
+            &[a],
+        )?;
         // SAFETY: checked above.
         let raw = unsafe {
             match b {
@@ -647,8 +755,16 @@ impl Ctx {
     /// # Errors
     /// Tensors that are not contiguous f32 of one shape.
     pub fn silu_back(&mut self, grad: Tensor, x: Tensor) -> Result<Tensor> {
-        let ok = [grad, x].iter().all(|&t| self.is_f32(t) && self.is_contiguous(t)) && self.ne(grad) == self.ne(x);
-        self.need(ok, "silu_back", "two contiguous f32 tensors of one shape", &[grad, x])?;
+        let ok = [grad, x]
+            .iter()
+            .all(|&t| self.is_f32(t) && self.is_contiguous(t))
+            && self.ne(grad) == self.ne(x);
+        self.need(
+            ok,
+            "silu_back",
+            "two contiguous f32 tensors of one shape",
+            &[grad, x],
+        )?;
         // SAFETY: checked above.
         let raw = unsafe { ggml_sys::ggml_silu_back(self.raw(), self.ptr(grad), self.ptr(x)) };
         self.keep(raw)
@@ -661,10 +777,19 @@ impl Ctx {
     /// # Errors
     /// Another number of elements, or a tensor that is not contiguous.
     pub fn reshape(&mut self, a: Tensor, ne: [i64; 4]) -> Result<Tensor> {
-        let ok = self.is_contiguous(a) && ne.iter().product::<i64>() as usize == self.n_elements(a) && ne.iter().all(|&n| n > 0);
-        self.need(ok, "reshape", "a contiguous tensor with as many elements", &[a])?;
+        let ok = self.is_contiguous(a)
+            && ne.iter().product::<i64>() as usize == self.n_elements(a)
+            && ne.iter().all(|&n| n > 0);
+        self.need(
+            ok,
+            "reshape",
+            "a contiguous tensor with as many elements",
+            &[a],
+        )?;
         // SAFETY: checked above.
-        let raw = unsafe { ggml_sys::ggml_reshape_4d(self.raw(), self.ptr(a), ne[0], ne[1], ne[2], ne[3]) };
+        let raw = unsafe {
+            ggml_sys::ggml_reshape_4d(self.raw(), self.ptr(a), ne[0], ne[1], ne[2], ne[3])
+        };
         self.keep(raw)
     }
 
@@ -672,7 +797,13 @@ impl Ctx {
     ///
     /// # Errors
     /// A view that leaves the tensor.
-    pub fn view(&mut self, a: Tensor, ne: [i64; 4], nb: [usize; 4], offset: usize) -> Result<Tensor> {
+    pub fn view(
+        &mut self,
+        a: Tensor,
+        ne: [i64; 4],
+        nb: [usize; 4],
+        offset: usize,
+    ) -> Result<Tensor> {
         // SAFETY: valid type number.
         let size = unsafe { ggml_sys::ggml_type_size(self.ty(a)) };
         let last: usize = (0..4).map(|d| (ne[d].max(1) as usize - 1) * nb[d]).sum();
@@ -682,7 +813,20 @@ impl Ctx {
             && offset + last + size <= self.n_bytes(a);
         self.need(ok, "view", "a view inside the tensor", &[a])?;
         // SAFETY: checked above.
-        let raw = unsafe { ggml_sys::ggml_view_4d(self.raw(), self.ptr(a), ne[0], ne[1], ne[2], ne[3], nb[1], nb[2], nb[3], offset) };
+        let raw = unsafe {
+            ggml_sys::ggml_view_4d(
+                self.raw(),
+                self.ptr(a),
+                ne[0],
+                ne[1],
+                ne[2],
+                ne[3],
+                nb[1],
+                nb[2],
+                nb[3],
+                offset,
+            )
+        };
         self.keep(raw)
     }
 
@@ -697,9 +841,16 @@ impl Ctx {
                 *s = true;
             }
         }
-        self.need(seen == [true; 4], "permute", "a permutation of four axes", &[a])?;
+        self.need(
+            seen == [true; 4],
+            "permute",
+            "a permutation of four axes",
+            &[a],
+        )?;
         // SAFETY: checked above.
-        let raw = unsafe { ggml_sys::ggml_permute(self.raw(), self.ptr(a), axes[0], axes[1], axes[2], axes[3]) };
+        let raw = unsafe {
+            ggml_sys::ggml_permute(self.raw(), self.ptr(a), axes[0], axes[1], axes[2], axes[3])
+        };
         self.keep(raw)
     }
 
@@ -719,10 +870,12 @@ impl Ctx {
     /// # Errors
     /// Another number of elements.
     pub fn cont(&mut self, a: Tensor, ne: [i64; 4]) -> Result<Tensor> {
-        let ok = ne.iter().product::<i64>() as usize == self.n_elements(a) && ne.iter().all(|&n| n > 0);
+        let ok =
+            ne.iter().product::<i64>() as usize == self.n_elements(a) && ne.iter().all(|&n| n > 0);
         self.need(ok, "cont", "as many elements", &[a])?;
         // SAFETY: checked above.
-        let raw = unsafe { ggml_sys::ggml_cont_4d(self.raw(), self.ptr(a), ne[0], ne[1], ne[2], ne[3]) };
+        let raw =
+            unsafe { ggml_sys::ggml_cont_4d(self.raw(), self.ptr(a), ne[0], ne[1], ne[2], ne[3]) };
         self.keep(raw)
     }
 
@@ -753,7 +906,12 @@ impl Ctx {
     /// Shapes that do not repeat.
     pub fn repeat_back(&mut self, a: Tensor, like: Tensor) -> Result<Tensor> {
         let ok = self.is_f32(a) && self.rows_packed(a) && self.repeats(like, a);
-        self.need(ok, "repeat_back", "f32 repeats of the second tensor", &[a, like])?;
+        self.need(
+            ok,
+            "repeat_back",
+            "f32 repeats of the second tensor",
+            &[a, like],
+        )?;
         // SAFETY: checked above.
         let raw = unsafe { ggml_sys::ggml_repeat_back(self.raw(), self.ptr(a), self.ptr(like)) };
         self.keep(raw)
@@ -766,10 +924,25 @@ impl Ctx {
     pub fn acc(&mut self, a: Tensor, b: Tensor, nb: [usize; 4], offset: usize) -> Result<Tensor> {
         let n = self.ne(b);
         let last: usize = (0..4).map(|d| (n[d] as usize - 1) * nb[d]).sum();
-        let ok = self.is_f32(a) && self.is_f32(b) && self.is_contiguous(a) && self.is_contiguous(b) && nb[0] == 4 && offset + last + 4 <= self.n_bytes(a);
+        let ok = self.is_f32(a)
+            && self.is_f32(b)
+            && self.is_contiguous(a)
+            && self.is_contiguous(b)
+            && nb[0] == 4
+            && offset + last + 4 <= self.n_bytes(a);
         self.need(ok, "acc", "contiguous f32 and a view inside it", &[a, b])?;
         // SAFETY: checked above.
-        let raw = unsafe { ggml_sys::ggml_acc(self.raw(), self.ptr(a), self.ptr(b), nb[1], nb[2], nb[3], offset) };
+        let raw = unsafe {
+            ggml_sys::ggml_acc(
+                self.raw(),
+                self.ptr(a),
+                self.ptr(b),
+                nb[1],
+                nb[2],
+                nb[3],
+                offset,
+            )
+        };
         self.keep(raw)
     }
 
@@ -823,7 +996,8 @@ impl Ctx {
         }
         // SAFETY: `new` reserved the memory of three graphs of this capacity.
         let raw = unsafe { ggml_sys::ggml_new_graph_custom(self.raw(), self.capacity, false) };
-        self.graphs.push(NonNull::new(raw).ok_or(OpError::Full(self.capacity))?);
+        self.graphs
+            .push(NonNull::new(raw).ok_or(OpError::Full(self.capacity))?);
         Ok(Graph(self.graphs.len() as u32 - 1))
     }
 

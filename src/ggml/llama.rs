@@ -208,7 +208,11 @@ impl Model {
     /// Tokens of `text`. `special`: add the model's BOS; `parse`: control-token spellings
     /// in the text become control tokens.
     pub fn tokenize(&self, text: &str, special: bool, parse: bool) -> Vec<Token> {
-        let tokens = self.0.model.vocab().tokenize(text.as_bytes(), special, parse);
+        let tokens = self
+            .0
+            .model
+            .vocab()
+            .tokenize(text.as_bytes(), special, parse);
         tokens.into_iter().map(|t| t.0).collect()
     }
 
@@ -217,7 +221,10 @@ impl Model {
         if token < 0 || token as usize >= self.n_vocab() {
             return Vec::new();
         }
-        self.0.model.vocab().token_to_piece(LlamaToken(token), special, None)
+        self.0
+            .model
+            .vocab()
+            .token_to_piece(LlamaToken(token), special, None)
     }
 
     /// The text of `tokens`, without control tokens.
@@ -377,7 +384,9 @@ impl Context {
     /// When llama.cpp cannot make it (memory, mostly).
     pub fn new(model: &Model, options: ContextOptions) -> Result<Self, LlamaError> {
         log::last_messages();
-        let mut hook = options.hook.map(|hook| Box::new(HookCell { hook, panic: None }));
+        let mut hook = options
+            .hook
+            .map(|hook| Box::new(HookCell { hook, panic: None }));
         let threads = i32::try_from(options.n_threads.clamp(1, 512)).expect("clamped");
         // SAFETY: default parameters with plain fields changed; the hook cell is boxed, so
         // its address holds as long as this struct, which outlives the C context.
@@ -446,14 +455,24 @@ impl Context {
     /// # Errors
     /// An adapter of another model, or llama.cpp's refusal.
     pub fn set_adapters(&mut self, adapters: &[(Arc<Adapter>, f32)]) -> Result<(), LlamaError> {
-        if adapters.iter().any(|(a, _)| !Arc::ptr_eq(&a.model.0, &self.model.0)) {
-            return Err(LlamaError::Apply("an adapter was loaded on another model".into()));
+        if adapters
+            .iter()
+            .any(|(a, _)| !Arc::ptr_eq(&a.model.0, &self.model.0))
+        {
+            return Err(LlamaError::Apply(
+                "an adapter was loaded on another model".into(),
+            ));
         }
         let mut raws: Vec<_> = adapters.iter().map(|(a, _)| a.raw.as_ptr()).collect();
         let mut scales: Vec<f32> = adapters.iter().map(|&(_, s)| s).collect();
         // SAFETY: live context and adapters; both arrays have `raws.len()` entries.
         let code = unsafe {
-            c::llama_set_adapters_lora(self.raw.as_ptr(), raws.as_mut_ptr(), raws.len(), scales.as_mut_ptr())
+            c::llama_set_adapters_lora(
+                self.raw.as_ptr(),
+                raws.as_mut_ptr(),
+                raws.len(),
+                scales.as_mut_ptr(),
+            )
         };
         if code != 0 {
             return Err(LlamaError::Apply(format!("code {code}")));
@@ -489,13 +508,20 @@ impl Context {
     pub fn decode(&mut self, batch: &mut Batch) -> Result<(), DecodeError> {
         let n = batch.len();
         if n == 0 || n > self.n_batch {
-            return Err(DecodeError::Invalid("no tokens, or more than the context takes"));
+            return Err(DecodeError::Invalid(
+                "no tokens, or more than the context takes",
+            ));
         }
         let n_vocab = self.model.n_vocab();
         if batch.tokens.iter().any(|&t| t < 0 || t as usize >= n_vocab) {
             return Err(DecodeError::Invalid("a token outside the vocabulary"));
         }
-        if batch.seq.iter().any(|&s| s < 0 || s as usize >= self.n_seq_max) || batch.pos.iter().any(|&p| p < 0) {
+        if batch
+            .seq
+            .iter()
+            .any(|&s| s < 0 || s as usize >= self.n_seq_max)
+            || batch.pos.iter().any(|&p| p < 0)
+        {
             return Err(DecodeError::Invalid("a sequence or position out of range"));
         }
         let mut n_seq = vec![1i32; n];

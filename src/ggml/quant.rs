@@ -121,7 +121,9 @@ pub fn quantize(
     let (needs, has) = unsafe {
         (
             ggml_sys::ggml_quantize_requires_imatrix(ty),
-            (*ggml_sys::ggml_get_type_traits(ty)).from_float_ref.is_some(),
+            (*ggml_sys::ggml_get_type_traits(ty))
+                .from_float_ref
+                .is_some(),
         )
     };
     if !has || (needs && imatrix.is_none()) {

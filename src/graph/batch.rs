@@ -39,8 +39,12 @@ impl Packed {
             let first = packed.tokens.len();
             packed.tokens.extend_from_slice(seq.tokens);
             packed.positions.extend(0..seq.tokens.len() as i32);
-            packed.sequence.extend(std::iter::repeat_n(s as u32, seq.tokens.len()));
-            packed.rows.extend(seq.rows.iter().map(|&r| (first + r) as i32));
+            packed
+                .sequence
+                .extend(std::iter::repeat_n(s as u32, seq.tokens.len()));
+            packed
+                .rows
+                .extend(seq.rows.iter().map(|&r| (first + r) as i32));
         }
         packed.n_rows = packed.rows.len();
         let n = packed.tokens.len().max(1).next_multiple_of(TOKEN_PAD);
@@ -89,7 +93,10 @@ pub fn pack(lengths: &[usize], max_tokens: usize) -> Vec<Vec<usize>> {
     order.sort_by_key(|&i| (std::cmp::Reverse(lengths[i]), i));
     let mut bins: Vec<(usize, Vec<usize>)> = Vec::new();
     for i in order {
-        match bins.iter_mut().find(|(used, _)| used + lengths[i] <= max_tokens) {
+        match bins
+            .iter_mut()
+            .find(|(used, _)| used + lengths[i] <= max_tokens)
+        {
             Some((used, bin)) => {
                 *used += lengths[i];
                 bin.push(i);

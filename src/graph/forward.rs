@@ -61,7 +61,9 @@ impl Record {
         wanted: Option<&Wanted>,
     ) -> Result<Tensor, GraphError> {
         let shape = || {
-            wanted.ok_or(GraphError::Ggml(OpError::Backend("a shape op was built without a shape")))
+            wanted.ok_or(GraphError::Ggml(OpError::Backend(
+                "a shape op was built without a shape",
+            )))
         };
         let mut view = None;
         let out = match (op, src) {
@@ -82,15 +84,21 @@ impl Record {
             (sys::GGML_OP_NORM, &[a]) => c.norm(a, float(params, 0))?,
             (sys::GGML_OP_GET_ROWS, &[a, ids]) => c.get_rows(a, ids)?,
             (sys::GGML_OP_ROPE, &[a, pos]) => c.rope(a, pos, None, params, false)?,
-            (sys::GGML_OP_ROPE, &[a, pos, factors]) => c.rope(a, pos, Some(factors), params, false)?,
-            (sys::GGML_OP_SOFT_MAX, &[a]) => c.soft_max(a, None, float(params, 0), float(params, 1))?,
+            (sys::GGML_OP_ROPE, &[a, pos, factors]) => {
+                c.rope(a, pos, Some(factors), params, false)?
+            }
+            (sys::GGML_OP_SOFT_MAX, &[a]) => {
+                c.soft_max(a, None, float(params, 0), float(params, 1))?
+            }
             (sys::GGML_OP_SOFT_MAX, &[a, mask]) => {
                 c.soft_max(a, Some(mask), float(params, 0), float(params, 1))?
             }
             (sys::GGML_OP_GLU, &[a]) => c.glu(a, None, params[0] as u32, params[1] != 0)?,
             (sys::GGML_OP_GLU, &[a, b]) => c.glu(a, Some(b), params[0] as u32, false)?,
             (sys::GGML_OP_UNARY, &[a]) => c.unary(a, params[0] as u32)?,
-            (sys::GGML_OP_PERMUTE, &[a]) => c.permute(a, [params[0], params[1], params[2], params[3]])?,
+            (sys::GGML_OP_PERMUTE, &[a]) => {
+                c.permute(a, [params[0], params[1], params[2], params[3]])?
+            }
             (sys::GGML_OP_TRANSPOSE, &[a]) => c.transpose(a)?,
             (sys::GGML_OP_RESHAPE, &[a]) => {
                 let a = self.packed(c, a)?;
@@ -162,7 +170,11 @@ impl Record {
         transposed: bool,
     ) -> Result<Tensor, GraphError> {
         let src = self.packed(c, src)?;
-        let straight = if transposed { [ne[2], ne[1], ne[0], 1] } else { ne };
+        let straight = if transposed {
+            [ne[2], ne[1], ne[0], 1]
+        } else {
+            ne
+        };
         let wanted = Wanted {
             ne: straight,
             nb: [0; 4],

@@ -69,7 +69,13 @@ impl Head {
         built[template.hidden] = Some(hidden);
         let mut product = None;
         for (i, e) in template.entries.iter().enumerate().skip(template.head) {
-            let Step::Op { op, params, src, nb } = &e.step else {
+            let Step::Op {
+                op,
+                params,
+                src,
+                nb,
+            } = &e.step
+            else {
                 if let Step::Leaf(Leaf::Weight(name)) = &e.step {
                     built[i] = Some(parts.weights.leaf(&mut c, name)?);
                 }
@@ -95,7 +101,11 @@ impl Head {
             product.get_or_insert(out);
             built[i] = Some(out);
         }
-        let logits = built.last().copied().flatten().expect("the template ends with its logits");
+        let logits = built
+            .last()
+            .copied()
+            .flatten()
+            .expect("the template ends with its logits");
         let product = product.expect("the head starts with a product");
         c.set_output(logits);
         c.set_output(product);
@@ -206,7 +216,13 @@ impl Head {
         Ok(())
     }
 
-    fn chunk(&mut self, cpu: &mut Cpu, hidden: &[f32], first: usize, n: usize) -> Result<(), GraphError> {
+    fn chunk(
+        &mut self,
+        cpu: &mut Cpu,
+        hidden: &[f32],
+        first: usize,
+        n: usize,
+    ) -> Result<(), GraphError> {
         let rows = &hidden[first * self.n_embd..(first + n) * self.n_embd];
         self.hidden_chunk[..rows.len()].copy_from_slice(rows);
         self.hidden_chunk[rows.len()..].fill(0.0);
@@ -219,7 +235,13 @@ impl Head {
 
 /// `out [n_embd, n] = Wᵀ·g` for `W [n_embd, n_vocab]` and `g [n_vocab, n]`, over the rows of
 /// W with a gradient above [`SPARSE`].
-fn sparse_product(weights: &Weights, name: &str, g: &[f32], n: usize, out: &mut [f32]) -> Result<(), GraphError> {
+fn sparse_product(
+    weights: &Weights,
+    name: &str,
+    g: &[f32],
+    n: usize,
+    out: &mut [f32],
+) -> Result<(), GraphError> {
     let info = weights.info(name)?;
     let (n_embd, n_vocab) = (info.ne[0] as usize, info.ne[1] as usize);
     let (ty, row_bytes) = (info.ty.id(), info.row_bytes() as usize);

@@ -26,7 +26,9 @@ pub enum GraphError {
     #[error("this model cannot be traced: {0}")]
     Untraceable(String),
     /// A graph input of unknown meaning.
-    #[error("this model cannot be traced: its graph reads an input called {0:?}, which has no known meaning")]
+    #[error(
+        "this model cannot be traced: its graph reads an input called {0:?}, which has no known meaning"
+    )]
     Input(String),
     /// An op that cannot be rebuilt.
     #[error("architecture {arch}: the graph op {op} (at {node}) cannot be rebuilt")]

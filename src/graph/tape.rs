@@ -51,7 +51,10 @@ impl Factors {
         for f in &list {
             let t = &template.adaptable[f.tensor];
             let (a, b) = (a_shape(t.n_in, f.rank), b_shape(t.n_out, f.rank));
-            tensors.push((ctx.leaf(sys::GGML_TYPE_F32, a, "")?, ctx.leaf(sys::GGML_TYPE_F32, b, "")?));
+            tensors.push((
+                ctx.leaf(sys::GGML_TYPE_F32, a, "")?,
+                ctx.leaf(sys::GGML_TYPE_F32, b, "")?,
+            ));
             offsets.push((place(t.n_in * f.rank * 4), place(t.n_out * f.rank * 4)));
         }
         let buffer = cpu.alloc(at)?;
@@ -84,7 +87,12 @@ impl Factors {
         self.buffer.size()
     }
 
-    fn leaves(&self, c: &mut Ctx, template: &Template, i: usize) -> Result<(Tensor, Tensor), GraphError> {
+    fn leaves(
+        &self,
+        c: &mut Ctx,
+        template: &Template,
+        i: usize,
+    ) -> Result<(Tensor, Tensor), GraphError> {
         let f = &self.list[i];
         let t = &template.adaptable[f.tensor];
         let a = c.leaf(sys::GGML_TYPE_F32, a_shape(t.n_in, f.rank), "")?;
@@ -236,13 +244,15 @@ impl Weightless for Env<'_> {
         let Some(name) = self.frozen.get(&w) else {
             return Ok(None);
         };
-        self.transposed.leaf(c, self.weights, self.cpu, name).map(Some)
+        self.transposed
+            .leaf(c, self.weights, self.cpu, name)
+            .map(Some)
     }
 }
 
 impl Tape {
-    /// Build the graphs for `n_tokens` tokens and `n_rows` output rows. Without anything
-    /// trainable there is no backward graph.
+    /// Build the graphs for `n_tokens` tokens and `n_rows` output rows. Without `gradient`,
+    /// or without anything trainable, there is no backward graph.
     ///
     /// # Errors
     /// Ops that cannot be rebuilt or differentiated, and want of memory.
@@ -251,6 +261,7 @@ impl Tape {
         trained: Trained<'_>,
         end: End,
         (n_tokens, n_rows): (usize, usize),
+        gradient: bool,
         cpu: &Cpu,
         transposed: &mut Transposed,
     ) -> Result<Self, GraphError> {
@@ -277,7 +288,7 @@ impl Tape {
             for (i, factor) in f.list.iter().enumerate() {
                 let (a, b) = f.leaves(&mut c, template, i)?;
                 factor_leaves.insert(i, (a, b));
-                if factor.trainable {
+                if factor.trainable && gradient {
                     params.extend([a, b]);
                 }
             }
@@ -287,7 +298,9 @@ impl Tape {
             for name in w.names() {
                 let leaf = w.leaf(&mut c, name)?.expect("the set holds its own names");
                 free.insert(name.clone(), leaf);
-                params.push(leaf);
+                if gradient {
+                    params.push(leaf);
+                }
             }
         }
         for (i, e) in template.entries.iter().enumerate().take(last + 1) {
@@ -320,19 +333,32 @@ impl Tape {
                     }
                     x
                 }
-                Step::Cached { src, transposed } => record.cached(&mut c, source(*src), ne, *transposed)?,
+                Step::Cached { src, transposed } => {
+                    record.cached(&mut c, source(*src), ne, *transposed)?
+                }
                 Step::Adapter { base, x, tensor } => {
                     let mut y = source(*base);
                     if let Trained::Factors(f) = trained {
                         for (k, factor) in f.list.iter().enumerate() {
                             if factor.tensor == *tensor {
-                                y = record.low_rank(&mut c, y, source(*x), factor_leaves[&k], factor.scale)?;
+                                y = record.low_rank(
+                                    &mut c,
+                                    y,
+                                    source(*x),
+                                    factor_leaves[&k],
+                                    factor.scale,
+                                )?;
                             }
                         }
                     }
                     y
                 }
-                Step::Op { op, params, src, nb } => {
+                Step::Op {
+                    op,
+                    params,
+                    src,
+                    nb,
+                } => {
                     let src: Vec<Tensor> = src.iter().map(|&s| source(s)).collect();
                     let wanted = Wanted {
                         ne,
@@ -392,7 +418,8 @@ impl Tape {
             forward,
             backward,
             plan,
-            tokens: tokens.ok_or_else(|| GraphError::Untraceable("its graph reads no tokens".into()))?,
+            tokens: tokens
+                .ok_or_else(|| GraphError::Untraceable("its graph reads no tokens".into()))?,
             positions,
             out_ids,
             masks,
@@ -423,9 +450,22 @@ impl Tape {
     ///
     /// # Errors
     /// A batch of another shape.
-    pub fn forward(&mut self, cpu: &mut Cpu, batch: &Packed, out: &mut Vec<f32>) -> Result<(), GraphError> {
+    pub fn forward(
+        &mut self,
+        cpu: &mut Cpu,
+        batch: &Packed,
+        out: &mut Vec<f32>,
+    ) -> Result<(), GraphError> {
         let check = |what, wanted, found| {
-            if wanted == found { Ok(()) } else { Err(GraphError::Batch { what, wanted, found }) }
+            if wanted == found {
+                Ok(())
+            } else {
+                Err(GraphError::Batch {
+                    what,
+                    wanted,
+                    found,
+                })
+            }
         };
         check("tokens", self.shape.0, batch.n_tokens())?;
         check("rows", self.shape.1, batch.n_padded_rows())?;
@@ -524,7 +564,10 @@ fn backward(
         if !need.contains(&true) {
             continue;
         }
-        let moves = matches!(node.op, sys::GGML_OP_PERMUTE | sys::GGML_OP_TRANSPOSE | sys::GGML_OP_ADD);
+        let moves = matches!(
+            node.op,
+            sys::GGML_OP_PERMUTE | sys::GGML_OP_TRANSPOSE | sys::GGML_OP_ADD
+        );
         let g = if moves { g } else { c.packed(g)? };
         let source_grads = vjp(c, node, g, &need, env)?;
         for ((&s, new), &wanted) in node.src.iter().zip(source_grads).zip(&need) {
@@ -545,7 +588,9 @@ fn backward(
         .iter()
         .map(|p| match grad.get(p) {
             Some(&g) => Ok(c.packed(g)?),
-            None => Err(GraphError::Untraceable("a trained tensor does not reach the output".into())),
+            None => Err(GraphError::Untraceable(
+                "a trained tensor does not reach the output".into(),
+            )),
         })
         .collect()
 }

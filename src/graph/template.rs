@@ -155,10 +155,15 @@ impl Template {
         let (a, b, c) = (&rec.base, &rec.more_tokens, &rec.more_rows);
         let same = |x: &Recorded| {
             x.tensors.len() == a.tensors.len()
-                && x.tensors.iter().zip(&a.tensors).all(|(p, q)| p.op == q.op && p.src == q.src)
+                && x.tensors
+                    .iter()
+                    .zip(&a.tensors)
+                    .all(|(p, q)| p.op == q.op && p.src == q.src)
         };
         if !same(b) || !same(c) {
-            return Err(GraphError::Untraceable("its graph depends on the batch size".into()));
+            return Err(GraphError::Untraceable(
+                "its graph depends on the batch size".into(),
+            ));
         }
         let cache_writer = a
             .nodes
@@ -247,7 +252,9 @@ impl Builder<'_> {
         );
         if (b - a) % self.rec.t != 0 || (c - a) % self.rec.r != 0 {
             let name = &self.tensor(i).name;
-            return Err(GraphError::Untraceable(format!("a size of {name} is not affine in the batch")));
+            return Err(GraphError::Untraceable(format!(
+                "a size of {name} is not affine in the batch"
+            )));
         }
         let (per_t, per_r) = ((b - a) / self.rec.t, (c - a) / self.rec.r);
         Ok(Affine {
@@ -412,8 +419,11 @@ impl Builder<'_> {
             .iter()
             .find(|t| t.name == lora_b)
             .map(|t| t.ne[1]);
-        let (Ok(n_in), Some(Ok(n_out))) = (usize::try_from(n_in), n_out.map(usize::try_from)) else {
-            return Err(GraphError::Untraceable(format!("{name} has no adapter shape")));
+        let (Ok(n_in), Some(Ok(n_out))) = (usize::try_from(n_in), n_out.map(usize::try_from))
+        else {
+            return Err(GraphError::Untraceable(format!(
+                "{name} has no adapter shape"
+            )));
         };
         self.adaptable.push(Adaptable {
             name: name.to_owned(),

@@ -8,7 +8,9 @@
 use super::GraphError;
 use super::template::{Recordings, Template};
 use super::weights::Weights;
-use crate::ggml::{Adapter, Batch, Context, ContextOptions, DecodeError, Hook, Model, NodeView, Recorded};
+use crate::ggml::{
+    Adapter, Batch, Context, ContextOptions, DecodeError, Hook, Model, NodeView, Recorded,
+};
 use crate::gguf::{GgmlType, GgufWriter, Metadata, Value};
 use std::sync::{Arc, Mutex};
 
@@ -47,7 +49,11 @@ pub fn trace(model: &Model, weights: &Weights) -> Result<Template, GraphError> {
     let adapter = zero_adapter(model, weights)?;
     let window = i64::from(model.n_swa().max(0));
     // A sliding-window cache must come out shorter than the full one to be told apart.
-    let n_ctx = if window > 0 { (window / KV_PAD + 7) * KV_PAD } else { 2 * KV_PAD };
+    let n_ctx = if window > 0 {
+        (window / KV_PAD + 7) * KV_PAD
+    } else {
+        2 * KV_PAD
+    };
     let record = |t: i64, r: i64| record(model, &adapter, n_ctx, t, r);
     let recordings = Recordings {
         base: record(KV_PAD, TRACE_ROWS)?,
@@ -59,7 +65,13 @@ pub fn trace(model: &Model, weights: &Weights) -> Result<Template, GraphError> {
     Template::new(&recordings, n_ctx, &|name| weights.has(name))
 }
 
-fn record(model: &Model, adapter: &Arc<Adapter>, n_ctx: i64, t: i64, r: i64) -> Result<Recorded, GraphError> {
+fn record(
+    model: &Model,
+    adapter: &Arc<Adapter>,
+    n_ctx: i64,
+    t: i64,
+    r: i64,
+) -> Result<Recorded, GraphError> {
     let recorded = Arc::new(Mutex::new(Recorded::default()));
     let mut context = Context::new(
         model,
@@ -100,7 +112,11 @@ fn zero_adapter(model: &Model, weights: &Weights) -> Result<Arc<Adapter>, GraphE
         .map(|(_, t)| t)
         .filter(|t| t.name.starts_with("blk.") && t.name.ends_with(".weight") && t.n_dims == 2)
         .collect();
-    let longest = matrices.iter().map(|t| t.ne[0].max(t.ne[1])).max().unwrap_or(0);
+    let longest = matrices
+        .iter()
+        .map(|t| t.ne[0].max(t.ne[1]))
+        .max()
+        .unwrap_or(0);
     let zeros = vec![0u8; longest as usize * 4];
     let mut file = GgufWriter::new(&path, meta);
     for t in matrices {

@@ -65,7 +65,10 @@ impl Weights {
     /// # Errors
     /// No tensor of that name.
     pub fn info(&self, name: &str) -> Result<&TensorInfo, GraphError> {
-        let part = self.index.get(name).map_or(&self.parts[0], |&p| &self.parts[p]);
+        let part = self
+            .index
+            .get(name)
+            .map_or(&self.parts[0], |&p| &self.parts[p]);
         Ok(part.map.gguf().require(name)?)
     }
 
@@ -74,7 +77,10 @@ impl Weights {
     /// # Errors
     /// No tensor of that name.
     pub fn bytes(&self, name: &str) -> Result<&[u8], GraphError> {
-        let part = self.index.get(name).map_or(&self.parts[0], |&p| &self.parts[p]);
+        let part = self
+            .index
+            .get(name)
+            .map_or(&self.parts[0], |&p| &self.parts[p]);
         Ok(part.map.tensor_bytes(name)?)
     }
 
@@ -99,7 +105,10 @@ impl Weights {
     /// # Errors
     /// No tensor of that name, or a shape ggml refuses.
     pub fn leaf(&self, ctx: &mut Ctx, name: &str) -> Result<Tensor, GraphError> {
-        let part = self.index.get(name).map_or(&self.parts[0], |&p| &self.parts[p]);
+        let part = self
+            .index
+            .get(name)
+            .map_or(&self.parts[0], |&p| &self.parts[p]);
         let gguf = part.map.gguf();
         let info = gguf.require(name)?;
         let ne = info.ne.map(|n| n as i64);
@@ -154,7 +163,11 @@ impl Transposed {
                 found: format!("{:?}", info.ne),
             }));
         }
-        let ty = if self.f32 { sys::GGML_TYPE_F32 } else { sys::GGML_TYPE_BF16 };
+        let ty = if self.f32 {
+            sys::GGML_TYPE_F32
+        } else {
+            sys::GGML_TYPE_BF16
+        };
         let t = ctx.leaf(ty, [n_out as i64, n_in as i64, 1, 1], "")?;
         if let Some(buffer) = self.buffers.get(name) {
             ctx.bind(t, buffer, 0)?;
@@ -174,17 +187,23 @@ impl Transposed {
 }
 
 /// Rows of `n_in` become columns; `f` converts each element.
-fn transpose<T: Copy + Default + Send>(w: &[f32], n_in: usize, f: impl Fn(f32) -> T + Sync) -> Vec<T> {
+fn transpose<T: Copy + Default + Send>(
+    w: &[f32],
+    n_in: usize,
+    f: impl Fn(f32) -> T + Sync,
+) -> Vec<T> {
     let n_out = w.len() / n_in;
     let mut out = vec![T::default(); w.len()];
     // Eight output rows at a time: one cache line of every input row.
-    out.par_chunks_mut(8 * n_out).enumerate().for_each(|(block, rows)| {
-        let first = block * 8;
-        for o in 0..n_out {
-            for (i, row) in rows.chunks_mut(n_out).enumerate() {
-                row[o] = f(w[o * n_in + first + i]);
+    out.par_chunks_mut(8 * n_out)
+        .enumerate()
+        .for_each(|(block, rows)| {
+            let first = block * 8;
+            for o in 0..n_out {
+                for (i, row) in rows.chunks_mut(n_out).enumerate() {
+                    row[o] = f(w[o * n_in + first + i]);
+                }
             }
-        }
-    });
+        });
     out
 }

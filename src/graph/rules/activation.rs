@@ -1,6 +1,6 @@
 //! Activations and gated activations.
 
-use super::{GraphError, Grads};
+use super::{Grads, GraphError};
 use crate::ggml::{Ctx, Tensor, sys};
 use crate::graph::forward::Node;
 
@@ -27,7 +27,11 @@ pub fn vjp(c: &mut Ctx, node: &Node, grad: Tensor, need: &[bool]) -> Result<Grad
         }
     };
     if let [a, b] = node.src[..] {
-        let ga = if need[0] { Some(gated(c, gate, a, b, grad)?) } else { None };
+        let ga = if need[0] {
+            Some(gated(c, gate, a, b, grad)?)
+        } else {
+            None
+        };
         let gb = if need[1] {
             let act = c.unary(a, gate)?;
             Some(c.mul(grad, act)?)

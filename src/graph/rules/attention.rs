@@ -1,6 +1,6 @@
 //! Rotary embedding and softmax.
 
-use super::{GraphError, Grads};
+use super::{Grads, GraphError};
 use crate::ggml::{Ctx, Tensor, sys};
 use crate::graph::forward::{Node, float};
 

@@ -1,6 +1,6 @@
 //! Sums, products and scalings, with broadcasting of the second source.
 
-use super::{GraphError, Grads};
+use super::{Grads, GraphError};
 use crate::ggml::{Ctx, Tensor, sys};
 use crate::graph::forward::{Node, float};
 

@@ -1,6 +1,6 @@
 //! Matrix products and row selection.
 
-use super::{GraphError, Grads, Weightless};
+use super::{Grads, GraphError, Weightless};
 use crate::ggml::{Ctx, Tensor, sys};
 use crate::graph::forward::Node;
 
@@ -16,7 +16,11 @@ pub fn vjp(
     let (a, b) = (node.src[0], node.src[1]);
     if node.op == sys::GGML_OP_GET_ROWS {
         let grad = c.packed(grad)?;
-        let ga = if need[0] { Some(c.get_rows_back(grad, b, a)?) } else { None };
+        let ga = if need[0] {
+            Some(c.get_rows_back(grad, b, a)?)
+        } else {
+            None
+        };
         return Ok(vec![ga, None]);
     }
     let mut grads = vec![None, None];

@@ -41,13 +41,20 @@ pub fn vjp(
     env: &mut dyn Weightless,
 ) -> Result<Grads, GraphError> {
     match node.op {
-        sys::GGML_OP_ADD | sys::GGML_OP_SUB | sys::GGML_OP_MUL | sys::GGML_OP_DIV
-        | sys::GGML_OP_SQR | sys::GGML_OP_SCALE => elementwise::vjp(c, node, grad, need),
+        sys::GGML_OP_ADD
+        | sys::GGML_OP_SUB
+        | sys::GGML_OP_MUL
+        | sys::GGML_OP_DIV
+        | sys::GGML_OP_SQR
+        | sys::GGML_OP_SCALE => elementwise::vjp(c, node, grad, need),
         sys::GGML_OP_MUL_MAT | sys::GGML_OP_GET_ROWS => linear::vjp(c, node, grad, need, env),
         sys::GGML_OP_RMS_NORM | sys::GGML_OP_NORM => norm::vjp(c, node, grad),
         sys::GGML_OP_ROPE | sys::GGML_OP_SOFT_MAX => attention::vjp(c, node, grad, need),
         sys::GGML_OP_GLU | sys::GGML_OP_UNARY => activation::vjp(c, node, grad, need),
-        sys::GGML_OP_CONT | sys::GGML_OP_RESHAPE | sys::GGML_OP_VIEW | sys::GGML_OP_PERMUTE
+        sys::GGML_OP_CONT
+        | sys::GGML_OP_RESHAPE
+        | sys::GGML_OP_VIEW
+        | sys::GGML_OP_PERMUTE
         | sys::GGML_OP_TRANSPOSE => shape::vjp(c, node, grad),
         op => Err(GraphError::NoRule { op: op_name(op) }),
     }

@@ -1,6 +1,6 @@
 //! RMS norm and layer norm.
 
-use super::{GraphError, Grads};
+use super::{Grads, GraphError};
 use crate::ggml::{Ctx, Tensor, sys};
 use crate::graph::forward::{Node, float};
 

@@ -1,7 +1,7 @@
 //! Reshapes, permutations, copies and views: the gradient moves back to where the
 //! elements came from.
 
-use super::{GraphError, Grads};
+use super::{Grads, GraphError};
 use crate::ggml::{Ctx, Tensor, sys};
 use crate::graph::forward::Node;
 

@@ -22,7 +22,7 @@ pub use llama_cpp_sys_2::{
 
 /// Contexts hold tensor headers. With `no_alloc` the data lives in backend buffers.
 pub use llama_cpp_sys_2::{
-    ggml_free, ggml_get_mem_size, ggml_init, ggml_new_tensor, ggml_nbytes, ggml_set_input,
+    ggml_free, ggml_get_mem_size, ggml_init, ggml_nbytes, ggml_new_tensor, ggml_set_input,
     ggml_set_name, ggml_set_output, ggml_set_param, ggml_tensor_overhead, ggml_used_mem,
 };
 
@@ -31,8 +31,8 @@ pub use llama_cpp_sys_2::{
 pub use llama_cpp_sys_2::{
     ggml_acc, ggml_add, ggml_cast, ggml_clamp, ggml_concat, ggml_cont, ggml_cont_4d, ggml_div,
     ggml_fill, ggml_get_rows, ggml_get_rows_back, ggml_glu, ggml_glu_split, ggml_log, ggml_mul,
-    ggml_mul_mat, ggml_norm, ggml_out_prod, ggml_permute, ggml_repeat, ggml_repeat_back,
-    ggml_repeat_4d, ggml_reshape_4d, ggml_rms_norm, ggml_rms_norm_back, ggml_rope_ext,
+    ggml_mul_mat, ggml_norm, ggml_out_prod, ggml_permute, ggml_repeat, ggml_repeat_4d,
+    ggml_repeat_back, ggml_reshape_4d, ggml_rms_norm, ggml_rms_norm_back, ggml_rope_ext,
     ggml_rope_ext_back, ggml_rope_multi, ggml_rope_multi_back, ggml_scale, ggml_scale_bias,
     ggml_silu_back, ggml_soft_max_add_sinks, ggml_soft_max_ext, ggml_soft_max_ext_back, ggml_sqr,
     ggml_sqrt, ggml_sub, ggml_sum_rows, ggml_transpose, ggml_unary, ggml_view_4d,
