@@ -5,6 +5,8 @@ use crate::data::DataError;
 use crate::ggml::{DecodeError, LlamaError, OpError, QuantError};
 use crate::gguf::GgufError;
 use crate::graph::GraphError;
+use crate::project::ProjectError;
+use crate::subspace::SubspaceError;
 use std::path::PathBuf;
 use thiserror::Error;
 
@@ -44,6 +46,20 @@ pub enum Error {
         doing: &'static str,
         /// Why it failed.
         source: std::io::Error,
+    },
+    /// Outputs from which no subspace can be found.
+    #[error(transparent)]
+    Subspace(#[from] SubspaceError),
+    /// Factors that do not fit together.
+    #[error(transparent)]
+    Project(#[from] ProjectError),
+    /// Training ran away.
+    #[error("{what} is not finite at step {step}; a lower learning rate may help")]
+    NotFinite {
+        /// What.
+        what: &'static str,
+        /// Optimiser step, from 1.
+        step: u64,
     },
     /// A setting that cannot be used.
     #[error("{setting}: wanted {wanted}, found {found}")]
@@ -97,6 +113,8 @@ impl Error {
             Self::Atomic(AtomicError::Io { doing, .. }) if *doing == "syncing the directory" => 7,
             Self::Atomic(_) | Self::Io { .. } => 6,
             Self::Graph(GraphError::Ggml(OpError::Memory { .. })) => 6,
+            Self::Subspace(SubspaceError::Config { .. } | SubspaceError::RankAboveWidth { .. }) => 2,
+            Self::Subspace(_) | Self::Project(_) | Self::NotFinite { .. } => 8,
             Self::Graph(_) | Self::Llama(_) => 8,
         }
     }

@@ -11,6 +11,7 @@ pub mod gguf;
 pub mod graph;
 pub mod model;
 pub mod project;
+pub mod rng;
 pub mod subspace;
 pub mod train;
 

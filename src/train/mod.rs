@@ -1,5 +1,11 @@
 //! Training: losses over logits, the optimiser, the loop.
 
 pub mod adamw;
+pub mod adapters;
+pub mod config;
 pub mod engine;
+pub mod fit;
+pub mod learn;
 pub mod loss;
+pub mod order;
+pub mod trainer;

@@ -1,0 +1,233 @@
+//! The trained state: a low-rank pair per adapted tensor, and what it started from.
+//!
+//! A tensor's layer computes `W0·x + s·B(A·x) − s·B0(A0·x)`: the reference overwrites W0 with
+//! W0 − s·B0·A0, here the second pair is a frozen adapter of its own, so the quantised weights
+//! stay as they are. With plain LoRA there is no second pair.
+
+use crate::error::Error;
+use crate::graph::GraphError;
+use crate::graph::tape::{Factor, Factors};
+use crate::graph::template::Adaptable;
+use crate::graph::weights::Weights;
+use crate::project::{NetUpdate, project_lora_b};
+use crate::rng::SplitMix64;
+use crate::subspace::Subspace;
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef};
+use rayon::prelude::*;
+
+/// Stream numbers of [`SplitMix64::stream`].
+const INIT_STREAM: u64 = 1;
+
+/// One adapted tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pair {
+    /// Index into the template's adaptable tensors.
+    pub index: usize,
+    /// Which tensor.
+    pub tensor: Adaptable,
+    /// Rank r.
+    pub rank: usize,
+    /// A [n_in, r].
+    pub a: Vec<f32>,
+    /// B [r, n_out].
+    pub b: Vec<f32>,
+    /// A0 [n_in, r] and B0 [r, n_out], frozen; none for plain LoRA.
+    pub initial: Option<(Vec<f32>, Vec<f32>)>,
+    /// P [n_out, k]; empty without one.
+    pub basis: Vec<f32>,
+}
+
+/// All adapted tensors.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pairs {
+    /// In the order of the template.
+    pub list: Vec<Pair>,
+    /// s.
+    pub scale: f32,
+}
+
+impl Pairs {
+    /// RILA: B0 = Q_r, A0 = Q_rᵀ·W0 (ReGLU, section 3), and A, B start there. Tensors without
+    /// a single positive eigenvalue are left out.
+    ///
+    /// # Errors
+    /// Weights that cannot be decoded.
+    pub fn rila(
+        weights: &Weights,
+        adaptable: &[Adaptable],
+        subspaces: Vec<Subspace>,
+        scale: f32,
+    ) -> Result<Self, Error> {
+        let list = adaptable
+            .iter()
+            .enumerate()
+            .zip(subspaces)
+            .filter(|(_, s)| s.rank > 0)
+            .map(|((index, tensor), s)| {
+                let w = weights.decoded(&tensor.name)?;
+                let a0 = product_with_weight(&s.rila, &w, (tensor.n_in, tensor.n_out, s.rank));
+                let mut b0 = vec![0.0; s.rank * tensor.n_out];
+                for (r, q) in s.rila.chunks_exact(tensor.n_out).enumerate() {
+                    for (o, v) in q.iter().enumerate() {
+                        b0[o * s.rank + r] = *v;
+                    }
+                }
+                Ok(Pair {
+                    index,
+                    tensor: tensor.clone(),
+                    rank: s.rank,
+                    a: a0.clone(),
+                    b: b0.clone(),
+                    initial: Some((a0, b0)),
+                    basis: s.retain.basis,
+                })
+            })
+            .collect::<Result<_, GraphError>>()?;
+        Ok(Self { list, scale })
+    }
+
+    /// Plain LoRA: A uniform in ±1/√n_in, B zero, as PEFT starts it. `bases`: P per tensor for
+    /// the constraint, or empty.
+    pub fn lora(adaptable: &[Adaptable], rank: usize, scale: f32, seed: u64, bases: Vec<Vec<f32>>) -> Self {
+        let mut bases = bases.into_iter();
+        let list = adaptable
+            .iter()
+            .enumerate()
+            .map(|(index, tensor)| {
+                let rank = rank.min(tensor.n_in).min(tensor.n_out);
+                let mut rng = SplitMix64::stream(seed, INIT_STREAM << 32 | index as u64);
+                let bound = 1.0 / (tensor.n_in as f32).sqrt();
+                let a = (0..tensor.n_in * rank)
+                    .map(|_| bound * (2.0 * rng.uniform() - 1.0))
+                    .collect();
+                Pair {
+                    index,
+                    tensor: tensor.clone(),
+                    rank,
+                    a,
+                    b: vec![0.0; rank * tensor.n_out],
+                    initial: None,
+                    basis: bases.next().unwrap_or_default(),
+                }
+            })
+            .collect();
+        Self { list, scale }
+    }
+
+    /// The tape's factors: all trained pairs, then all frozen ones.
+    pub fn factors(&self) -> Vec<Factor> {
+        let factor = |p: &Pair, scale, trainable| Factor {
+            tensor: p.index,
+            rank: p.rank,
+            scale,
+            trainable,
+        };
+        let trained = self.list.iter().map(|p| factor(p, self.scale, true));
+        let frozen = self.list.iter().filter(|p| p.initial.is_some());
+        trained.chain(frozen.map(|p| factor(p, -self.scale, false))).collect()
+    }
+
+    /// Copy the trained pairs into `factors`, made from [`Pairs::factors`].
+    ///
+    /// # Errors
+    /// Never for factors of these pairs.
+    pub fn write_trained(&self, factors: &mut Factors) -> Result<(), Error> {
+        for (i, p) in self.list.iter().enumerate() {
+            factors.write(i, &p.a, &p.b)?;
+        }
+        Ok(())
+    }
+
+    /// Copy every pair into `factors`.
+    ///
+    /// # Errors
+    /// Never for factors of these pairs.
+    pub fn write_all(&self, factors: &mut Factors) -> Result<(), Error> {
+        self.write_trained(factors)?;
+        let frozen = self.list.iter().filter_map(|p| p.initial.as_ref());
+        for (i, (a, b)) in frozen.enumerate() {
+            factors.write(self.list.len() + i, a, b)?;
+        }
+        Ok(())
+    }
+
+    /// Lengths of the trained tensors in the tape's order: A, B of the first pair, ...
+    pub fn lengths(&self) -> Vec<usize> {
+        self.list.iter().flat_map(|p| [p.a.len(), p.b.len()]).collect()
+    }
+
+    /// The trained tensors in the tape's order.
+    pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Vec<f32>> {
+        self.list.iter_mut().flat_map(|p| [&mut p.a, &mut p.b])
+    }
+
+    /// The trained tensors in the tape's order.
+    pub fn params(&self) -> impl Iterator<Item = &Vec<f32>> {
+        self.list.iter().flat_map(|p| [&p.a, &p.b])
+    }
+
+    /// Keep every B in the complement of its P.
+    ///
+    /// # Errors
+    /// Never for pairs whose bases have their width.
+    pub fn project(&mut self) -> Result<(), Error> {
+        self.list
+            .par_iter_mut()
+            .with_max_len(1)
+            .filter(|p| !p.basis.is_empty())
+            .try_for_each(|p| project_lora_b(&mut p.b, &p.basis, p.rank, p.tensor.n_out))?;
+        Ok(())
+    }
+
+    /// Σ of the ranks.
+    pub fn total_rank(&self) -> usize {
+        self.list.iter().map(|p| p.rank).sum()
+    }
+
+    /// ΔW of pair `i`.
+    ///
+    /// # Errors
+    /// Never for pairs whose factors have their shapes.
+    pub fn net(&self, i: usize) -> Result<NetUpdate, Error> {
+        let p = &self.list[i];
+        let shape = (p.tensor.n_in, p.tensor.n_out, p.rank);
+        Ok(match &p.initial {
+            Some((a0, b0)) => NetUpdate::from_trained(shape, self.scale, (&p.a, &p.b), (a0, b0))?,
+            None => NetUpdate::new(shape, self.scale, p.a.clone(), p.b.clone())?,
+        })
+    }
+}
+
+/// Qᵀ·W: `q [n_out, r]`, `w [n_in, n_out]`, result `[n_in, r]`.
+fn product_with_weight(q: &[f32], w: &[f32], (n_in, n_out, rank): (usize, usize, usize)) -> Vec<f32> {
+    let mut out = vec![0.0; n_in * rank];
+    matmul(
+        MatMut::from_column_major_slice_mut(&mut out, n_in, rank),
+        Accum::Replace,
+        MatRef::from_column_major_slice(w, n_in, n_out),
+        MatRef::from_column_major_slice(q, n_out, rank),
+        1.0,
+        faer::get_global_parallelism(),
+    );
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn product_with_weight_is_the_naive_sum() {
+        let (n_in, n_out, rank) = (5, 7, 3);
+        let w: Vec<f32> = (0..n_in * n_out).map(|i| (i as f32 * 0.37).sin()).collect();
+        let q: Vec<f32> = (0..n_out * rank).map(|i| (i as f32 * 0.61).cos()).collect();
+        let got = product_with_weight(&q, &w, (n_in, n_out, rank));
+        for r in 0..rank {
+            for i in 0..n_in {
+                let naive: f32 = (0..n_out).map(|o| q[r * n_out + o] * w[o * n_in + i]).sum();
+                assert!((got[r * n_in + i] - naive).abs() < 1e-5);
+            }
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! The training loop of `unlearn`.
+//!
+//! Two schedules. With a fixed number of steps, the reference's: warm-up, then linear decay to
+//! zero. By default, until the unseen level: the learning rate stays up while forget samples
+//! are drawn only from those whose own answer NLL is still below the level (a sample that has
+//! been forgotten is pushed no further: over-forgetting shows); once hardly any are left, the
+//! rate decays linearly over the `settle` steps, in which the retain set recovers.
+
+use super::adamw::linear_schedule;
+use super::config::{StopConfig, TrainConfig};
+use super::engine::{SampleLoss, mean_nll, mean_prob};
+use super::order::Order;
+use super::trainer::{StepBatch, StepReport, Trainer};
+use crate::data::Sample;
+use crate::error::Error;
+use serde::{Deserialize, Serialize};
+use std::time::Instant;
+
+/// Share of forget samples that may stay below the level when it counts as reached.
+const LEFT_OVER: f64 = 0.1;
+/// Most warm-up steps by default.
+const MAX_WARMUP: usize = 10;
+
+/// When to stop.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Until {
+    /// After this many steps.
+    Steps(usize),
+    /// At this mean answer NLL of the forget set.
+    Level(f64),
+}
+
+/// The forget set at a check.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Check {
+    /// Steps taken.
+    pub step: u64,
+    /// Mean answer NLL.
+    pub nll: f64,
+    /// Mean answer probability^(1/tokens).
+    pub prob: f64,
+    /// Share of samples still below the level.
+    pub below: f64,
+}
+
+/// Where training stands; with parameters and moments, all that a resumed run needs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FitState {
+    /// When to stop.
+    pub until: Until,
+    /// Latest answer NLL of every forget sample.
+    pub nll: Vec<f64>,
+    /// Step at which the level was reached.
+    pub settled_at: Option<u64>,
+    /// Checks so far.
+    pub checks: Vec<Check>,
+    forget: Order,
+    retain: Order,
+}
+
+impl FitState {
+    /// Before the first step.
+    pub fn new(config: &TrainConfig, until: Until, n_forget: usize, n_retain: usize) -> Self {
+        Self {
+            until,
+            nll: vec![0.0; n_forget],
+            settled_at: None,
+            checks: Vec::new(),
+            forget: Order::new(config.seed, 2, n_forget),
+            retain: Order::new(config.seed, 3, n_retain),
+        }
+    }
+}
+
+/// Why training ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ended {
+    /// The fixed number of steps was taken.
+    Steps,
+    /// The unseen level was reached.
+    Unseen,
+    /// It was not, within the most steps allowed.
+    NotReached,
+    /// The wanted answer probability was reached.
+    Learned,
+    /// The watcher asked to stop.
+    Interrupted,
+}
+
+/// What a watcher is shown.
+#[derive(Debug, Clone, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event<'a> {
+    /// A step was taken.
+    Step {
+        /// From 1.
+        step: u64,
+        /// The last step there will be at most.
+        of: usize,
+        /// Learning rate.
+        lr: f32,
+        /// Losses.
+        #[serde(flatten)]
+        report: &'a StepReport,
+        /// Seconds it took.
+        seconds: f64,
+    },
+    /// The forget set was checked.
+    Check(Check),
+    /// The samples being learned were checked.
+    Learned {
+        /// Steps taken.
+        step: u64,
+        /// Mean answer probability^(1/tokens).
+        prob: f64,
+    },
+}
+
+/// Sees events as they happen.
+pub trait Watch {
+    /// An event.
+    fn seen(&mut self, event: &Event<'_>);
+    /// Whether to stop after the step under way.
+    fn stop(&self) -> bool;
+}
+
+/// Train until the end or until `watch` stops it; `state` is then fit for resuming.
+///
+/// # Errors
+/// When ggml fails or training runs away.
+pub fn fit(
+    trainer: &mut Trainer<'_>,
+    config: &TrainConfig,
+    stop: &StopConfig,
+    state: &mut FitState,
+    (forget, retain): (&[Sample], &[Sample]),
+    watch: &mut dyn Watch,
+) -> Result<Ended, Error> {
+    let n = config.step_samples();
+    let pass = forget.len().div_ceil(n);
+    loop {
+        let step = trainer.step as usize;
+        if watch.stop() {
+            return Ok(Ended::Interrupted);
+        }
+        let (lr, of) = match state.until {
+            Until::Steps(total) => {
+                let warmup = config.warmup.unwrap_or(pass.min(total.div_ceil(10)));
+                if step >= total {
+                    return Ok(Ended::Steps);
+                }
+                (linear_schedule(config.lr, step, warmup, total), total)
+            }
+            Until::Level(level) => {
+                let due = step.is_multiple_of(stop.check_every);
+                let last = state.settled_at.map(|s| s as usize + stop.settle);
+                let done = last == Some(step);
+                if (due || done || step == stop.max_steps) && state.checks.last().is_none_or(|c| c.step < trainer.step) {
+                    let check = check(trainer, stop, state, forget, level)?;
+                    watch.seen(&Event::Check(check));
+                    if check.below <= LEFT_OVER && state.settled_at.is_none() {
+                        state.settled_at = Some(trainer.step);
+                    }
+                }
+                if done {
+                    return Ok(Ended::Unseen);
+                }
+                if step >= stop.max_steps {
+                    return Ok(Ended::NotReached);
+                }
+                match state.settled_at {
+                    _ if stop.settle == 0 && state.settled_at.is_some() => return Ok(Ended::Unseen),
+                    Some(since) => {
+                        let into = step - since as usize;
+                        let lr = config.lr * (stop.settle - into) as f32 / stop.settle as f32;
+                        (lr, since as usize + stop.settle)
+                    }
+                    None => {
+                        let warmup = config.warmup.unwrap_or(pass.min(MAX_WARMUP));
+                        let up = (step + 1) as f32 / warmup.max(1) as f32;
+                        (config.lr * up.min(1.0), stop.max_steps)
+                    }
+                }
+            }
+        };
+        let began = Instant::now();
+        let (batch, drawn) = draw(state, n, forget, retain);
+        let report = trainer.step(config, &batch, lr)?;
+        for (&i, l) in drawn.iter().zip(&report.forget_losses) {
+            state.nll[i] = per_token(l);
+        }
+        watch.seen(&Event::Step {
+            step: trainer.step,
+            of,
+            lr,
+            report: &report,
+            seconds: began.elapsed().as_secs_f64(),
+        });
+    }
+}
+
+fn draw<'a>(
+    state: &mut FitState,
+    n: usize,
+    forget: &'a [Sample],
+    retain: &'a [Sample],
+) -> (StepBatch<'a>, Vec<usize>) {
+    let drawn = match state.until {
+        Until::Steps(_) => state.forget.take(n.min(forget.len())),
+        Until::Level(level) => {
+            let nll = &state.nll;
+            state.forget.take_where(n, |i| nll[i] < level)
+        }
+    };
+    let batch = StepBatch {
+        forget_share: drawn.len() as f32 / n.min(forget.len()) as f32,
+        forget: drawn.iter().map(|&i| &forget[i]).collect(),
+        retain: state.retain.take(n).iter().map(|&i| &retain[i]).collect(),
+    };
+    (batch, drawn)
+}
+
+/// Measure the forget set (or an even spread of it) and take note of each sample's NLL.
+fn check(
+    trainer: &mut Trainer<'_>,
+    stop: &StopConfig,
+    state: &mut FitState,
+    forget: &[Sample],
+    level: f64,
+) -> Result<Check, Error> {
+    let n = stop.check_samples.min(forget.len());
+    // The spread moves on from check to check: every sample is seen in turn.
+    let offset = state.checks.len();
+    let chosen: Vec<usize> = (0..n).map(|i| (i * forget.len() / n + offset) % forget.len()).collect();
+    let samples: Vec<&Sample> = chosen.iter().map(|&i| &forget[i]).collect();
+    let losses = trainer.losses(&samples)?;
+    for (&i, l) in chosen.iter().zip(&losses) {
+        state.nll[i] = per_token(l);
+    }
+    let below = losses.iter().filter(|l| per_token(l) < level).count() as f64 / n as f64;
+    let check = Check {
+        step: trainer.step,
+        nll: mean_nll(&losses),
+        prob: mean_prob(&losses),
+        below,
+    };
+    state.checks.push(check);
+    Ok(check)
+}
+
+fn per_token(l: &SampleLoss) -> f64 {
+    l.nll / l.n_tokens.max(1) as f64
+}
