@@ -1,10 +1,11 @@
 //! What can go wrong, and the exit code it means.
 
 use crate::atomic::AtomicError;
-use crate::data::DataError;
+use crate::data::{DataError, Overlap};
 use crate::ggml::{DecodeError, LlamaError, OpError, QuantError};
 use crate::gguf::GgufError;
 use crate::graph::GraphError;
+use crate::patch::PatchError;
 use crate::project::ProjectError;
 use crate::subspace::SubspaceError;
 use std::path::PathBuf;
@@ -29,6 +30,9 @@ pub enum Error {
     /// A file could not be put in place.
     #[error(transparent)]
     Atomic(#[from] AtomicError),
+    /// A patch that was refused.
+    #[error(transparent)]
+    Patch(#[from] PatchError),
     /// A GGUF that is not a model where a model was wanted.
     #[error("{}: wanted a model, found a GGUF of type {found:?}", path.display())]
     NotAModel {
@@ -47,6 +51,12 @@ pub enum Error {
         /// Why it failed.
         source: std::io::Error,
     },
+    /// A retain set that holds what is to be forgotten.
+    #[error(
+        "the retain set holds {} of the {} forget records{}: what is kept cannot be forgotten",
+        .0.n_shared, .0.n_forget, if .0.identical { " and nothing else" } else { "" }
+    )]
+    Overlap(Overlap),
     /// Outputs from which no subspace can be found.
     #[error(transparent)]
     Subspace(#[from] SubspaceError),
@@ -109,7 +119,8 @@ impl Error {
             Self::Setting { .. }
             | Self::Atomic(AtomicError::Exists { .. } | AtomicError::NoFileName { .. }) => 2,
             Self::Gguf(GgufError::Atomic(AtomicError::Exists { .. })) => 2,
-            Self::Gguf(_) | Self::Data(_) | Self::NotAModel { .. } => 3,
+            Self::Patch(e) => if e.is_mismatch() { 4 } else { 3 },
+            Self::Overlap(_) | Self::Gguf(_) | Self::Data(_) | Self::NotAModel { .. } => 3,
             Self::Atomic(AtomicError::Io { doing, .. }) if *doing == "syncing the directory" => 7,
             Self::Atomic(_) | Self::Io { .. } => 6,
             Self::Graph(GraphError::Ggml(OpError::Memory { .. })) => 6,

@@ -19,7 +19,7 @@ pub use llama::{
     Adapter, Batch, Context, ContextOptions, DecodeError, LlamaError, Model, ModelOptions, Token,
 };
 pub use log::{last_messages, set_verbose};
-pub use quant::{QuantError, dequantize, quantize};
+pub use quant::{QuantError, can_encode, dequantize, quantize};
 
 /// ggml's numeric names of types, ops and flags.
 pub mod sys {

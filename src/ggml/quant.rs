@@ -79,6 +79,19 @@ pub fn dequantize(ty: u32, bytes: &[u8], out: &mut [f32]) -> Result<(), QuantErr
     Ok(())
 }
 
+/// Whether [`quantize`] can write `ty` without an imatrix.
+pub fn can_encode(ty: u32) -> bool {
+    if ty == ggml_sys::GGML_TYPE_F32 {
+        return true;
+    }
+    // SAFETY: `row_bytes` answers for known type numbers only; the table is static.
+    row_bytes(ty, 256).is_some()
+        && unsafe {
+            !ggml_sys::ggml_quantize_requires_imatrix(ty)
+                && (*ggml_sys::ggml_get_type_traits(ty)).from_float_ref.is_some()
+        }
+}
+
 /// Encode rows of `n_per_row` floats as `ty` with ggml's reference encoder.
 /// `imatrix`: one weight per column, or none.
 ///

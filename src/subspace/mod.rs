@@ -57,6 +57,16 @@ impl Default for SubspaceConfig {
 }
 
 impl SubspaceConfig {
+    /// For a tensor of `n_out` outputs. A hard projection needs room beside P: there P fills at
+    /// most half of the outputs.
+    fn fitted(&self, n_out: usize) -> Self {
+        let most = if self.off_retain { (n_out / 2).max(1) } else { n_out };
+        Self {
+            retain_rank: self.retain_rank.min(most),
+            ..self.clone()
+        }
+    }
+
     /// Refuses settings outside their range.
     pub fn validate(&self) -> Result<(), SubspaceError> {
         if !(0.0..1.0).contains(&self.beta) {
@@ -276,7 +286,7 @@ pub fn solve_all(
         .par_iter()
         .with_max_len(1)
         .map(|t| match t.retain {
-            Retain::Pooled(h_r) => solve(config, t.tensor, t.forget, h_r, t.n_out),
+            Retain::Pooled(h_r) => solve(&config.fitted(t.n_out), t.tensor, t.forget, h_r, t.n_out),
             Retain::Shared(basis) => solve_shared(config, t.forget, basis.clone()),
         })
         .collect()

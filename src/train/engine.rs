@@ -35,6 +35,13 @@ pub struct SampleLoss {
     pub n_tokens: usize,
 }
 
+impl SampleLoss {
+    /// Mean −log p of an answer token.
+    pub fn per_token(&self) -> f64 {
+        self.nll / self.n_tokens.max(1) as f64
+    }
+}
+
 /// Graphs, scratch memory and threads for one model.
 pub struct Engine<'m> {
     /// The model.
@@ -255,14 +262,11 @@ fn rows_of(sample: &Sample) -> Vec<usize> {
 
 /// Mean over samples of each one's mean answer NLL.
 pub fn mean_nll(losses: &[SampleLoss]) -> f64 {
-    let per_sample = losses.iter().map(|l| l.nll / l.n_tokens.max(1) as f64);
-    per_sample.sum::<f64>() / losses.len().max(1) as f64
+    losses.iter().map(SampleLoss::per_token).sum::<f64>() / losses.len().max(1) as f64
 }
 
 /// Mean over samples of answer probability^(1/tokens).
 pub fn mean_prob(losses: &[SampleLoss]) -> f64 {
-    let per_sample = losses
-        .iter()
-        .map(|l| (-l.nll / l.n_tokens.max(1) as f64).exp());
-    per_sample.sum::<f64>() / losses.len().max(1) as f64
+    let probs = losses.iter().map(|l| (-l.per_token()).exp());
+    probs.sum::<f64>() / losses.len().max(1) as f64
 }

@@ -8,7 +8,7 @@
 
 use super::adamw::linear_schedule;
 use super::config::{StopConfig, TrainConfig};
-use super::engine::{SampleLoss, mean_nll, mean_prob};
+use super::engine::{mean_nll, mean_prob};
 use super::order::Order;
 use super::trainer::{StepBatch, StepReport, Trainer};
 use crate::data::Sample;
@@ -189,7 +189,7 @@ pub fn fit(
         let (batch, drawn) = draw(state, n, forget, retain);
         let report = trainer.step(config, &batch, lr)?;
         for (&i, l) in drawn.iter().zip(&report.forget_losses) {
-            state.nll[i] = per_token(l);
+            state.nll[i] = l.per_token();
         }
         watch.seen(&Event::Step {
             step: trainer.step,
@@ -237,9 +237,9 @@ fn check(
     let samples: Vec<&Sample> = chosen.iter().map(|&i| &forget[i]).collect();
     let losses = trainer.losses(&samples)?;
     for (&i, l) in chosen.iter().zip(&losses) {
-        state.nll[i] = per_token(l);
+        state.nll[i] = l.per_token();
     }
-    let below = losses.iter().filter(|l| per_token(l) < level).count() as f64 / n as f64;
+    let below = losses.iter().filter(|l| l.per_token() < level).count() as f64 / n as f64;
     let check = Check {
         step: trainer.step,
         nll: mean_nll(&losses),
@@ -248,8 +248,4 @@ fn check(
     };
     state.checks.push(check);
     Ok(check)
-}
-
-fn per_token(l: &SampleLoss) -> f64 {
-    l.nll / l.n_tokens.max(1) as f64
 }

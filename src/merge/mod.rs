@@ -1,0 +1,3 @@
+//! Patches merged into the model's own weights.
+
+pub mod rewrite;
