@@ -1,5 +1,6 @@
 //! nepenthe: make a deployed, quantised GGUF model forget.
 
+pub mod adapter;
 pub mod atomic;
 pub mod capture;
 pub mod cli;
@@ -13,8 +14,10 @@ pub mod graph;
 pub mod merge;
 pub mod model;
 pub mod patch;
+pub mod progress;
 pub mod project;
 pub mod rng;
+pub mod score;
 pub mod subspace;
 pub mod train;
 pub mod unlearn;

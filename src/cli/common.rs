@@ -1,10 +1,14 @@
 //! Flags that several subcommands share.
 
+use crate::adapter::open_adapters;
+use crate::data::Template;
 use crate::error::Error;
+use crate::ggml::Adapter;
 use crate::model::OpenModel;
 use clap::Args;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// Which model, on how many threads.
 #[derive(Debug, Clone, Args)]
@@ -94,6 +98,75 @@ impl FromStr for AdapterSpec {
             path: s.into(),
             scale: 1.0,
         })
+    }
+}
+
+/// Loaded adapters with their scales.
+pub type Loaded = Vec<(Arc<Adapter>, f32)>;
+
+/// Which patches apply.
+#[derive(Debug, Clone, Args)]
+pub struct AdapterArgs {
+    /// Patch or LoRA adapter, with an optional scale; may be given several times
+    #[arg(long, value_name = "FILE[:SCALE]")]
+    pub lora: Vec<AdapterSpec>,
+    /// The same with the scale spelled out, as llama.cpp has it
+    #[arg(long, value_name = "FILE:SCALE")]
+    pub lora_scaled: Vec<AdapterSpec>,
+}
+
+impl AdapterArgs {
+    /// Files and scales, in order.
+    ///
+    /// # Errors
+    /// The same file twice.
+    pub fn specs(&self) -> Result<Vec<(&Path, f32)>, Error> {
+        let specs: Vec<_> = self
+            .lora
+            .iter()
+            .chain(&self.lora_scaled)
+            .map(|s| (s.path.as_path(), s.scale))
+            .collect();
+        for (i, (path, _)) in specs.iter().enumerate() {
+            if specs[..i].iter().any(|(p, _)| p == path) {
+                return Err(Error::Setting {
+                    setting: "lora",
+                    wanted: "each patch once".into(),
+                    found: format!("{} twice", path.display()),
+                });
+            }
+        }
+        Ok(specs)
+    }
+
+    /// Check and load them on `open`.
+    ///
+    /// # Errors
+    /// As [`open_adapters`].
+    pub fn open(&self, open: &OpenModel) -> Result<Loaded, Error> {
+        open_adapters(open, self.specs()?)
+    }
+}
+
+/// Which chat template.
+#[derive(Debug, Clone, Args)]
+pub struct TemplateArg {
+    /// Chat template: the model's own, none, or a Jinja file
+    #[arg(long, value_name = "gguf|none|FILE", default_value = "gguf")]
+    pub template: String,
+}
+
+impl TemplateArg {
+    /// The template for `open`.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn of(&self, open: &OpenModel) -> Result<Template, Error> {
+        match self.template.as_str() {
+            "gguf" => open.template(),
+            "none" => Ok(Template::None),
+            file => Ok(Template::from_file(Path::new(file))?),
+        }
     }
 }
 

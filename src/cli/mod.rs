@@ -1,12 +1,16 @@
 //! The command line, one file per subcommand. Flags follow llama.cpp where it has them.
 
 mod common;
+mod eval;
+mod merge;
+mod run;
 
-pub use common::{AdapterSpec, ModelArgs, Output};
+pub use common::{AdapterArgs, AdapterSpec, ModelArgs, Output};
 
 use crate::error::Error;
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
+use std::io::Write;
 
 /// Make a deployed, quantised GGUF model forget, and show that it did.
 #[derive(Debug, Parser)]
@@ -17,7 +21,11 @@ pub struct Cli {
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {}
+enum Command {
+    Run(run::Run),
+    Eval(eval::Eval),
+    Merge(merge::Merge),
+}
 
 impl Cli {
     /// Run the subcommand.
@@ -25,8 +33,19 @@ impl Cli {
     /// # Errors
     /// Whatever it fails with.
     pub fn run(self) -> Result<(), Error> {
-        match self.command {}
+        match self.command {
+            Command::Run(c) => c.run(),
+            Command::Eval(c) => c.run(),
+            Command::Merge(c) => c.run(),
+        }
     }
+}
+
+/// Print `report` as one JSON document on stdout.
+fn emit(report: &impl serde::Serialize) {
+    let text = serde_json::to_string_pretty(report).expect("reports hold plain values");
+    // A reader that went away is no failure of ours.
+    let _ = writeln!(std::io::stdout(), "{text}");
 }
 
 /// llama.cpp's `-ngl` has three letters after one dash, which clap does not parse.

@@ -163,7 +163,11 @@ impl Transposed {
                 found: format!("{:?}", info.ne),
             }));
         }
-        let ty = match std::env::var("NEP_T").as_deref() { Ok("f32") => sys::GGML_TYPE_F32, Ok("f16") => sys::GGML_TYPE_F16, _ => sys::GGML_TYPE_BF16 };
+        let ty = if self.f32 {
+            sys::GGML_TYPE_F32
+        } else {
+            sys::GGML_TYPE_BF16
+        };
         let t = ctx.leaf(ty, [n_out as i64, n_in as i64, 1, 1], "")?;
         if let Some(buffer) = self.buffers.get(name) {
             ctx.bind(t, buffer, 0)?;
@@ -172,10 +176,8 @@ impl Transposed {
         let buffer = cpu.alloc(ctx.n_bytes(t))?;
         ctx.bind(t, &buffer, 0)?;
         let w = weights.decoded(name)?;
-        if ty == sys::GGML_TYPE_F32 {
+        if self.f32 {
             ctx.write(t, &transpose(&w, n_in, |x| x))?;
-        } else if ty == sys::GGML_TYPE_F16 {
-            ctx.write(t, &transpose(&w, n_in, half::f16::from_f32))?;
         } else {
             ctx.write(t, &transpose(&w, n_in, bf16::from_f32))?;
         }

@@ -41,6 +41,13 @@ pub struct Graded {
     pub nll: f64,
 }
 
+/// `−log softmax(row)[token]` of a row `[n_vocab]`, in nats.
+pub fn nll(row: &[f32], token: Token) -> f64 {
+    let max = maximum(row);
+    let logit = row.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY);
+    exp_sum(row, max).ln() - f64::from(logit - max)
+}
+
 /// Grade one row `[n_vocab]` and, when asked, overwrite it with the weighted gradient.
 pub fn grade(row: &mut [f32], target: Target, gradient: bool) -> Graded {
     let y = usize::try_from(target.token).unwrap_or(usize::MAX);

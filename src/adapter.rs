@@ -1,0 +1,27 @@
+//! Patches and adapters made ready for llama.cpp, which does not check all of their fields.
+
+use crate::error::Error;
+use crate::ggml::Adapter;
+use crate::model::OpenModel;
+use crate::patch::Patch;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Check every adapter against the model, then load it. The scales are the user's.
+///
+/// # Errors
+/// A malformed adapter, one for another model, or llama.cpp's refusal.
+pub fn open_adapters<'a>(
+    open: &OpenModel,
+    specs: impl IntoIterator<Item = (&'a Path, f32)>,
+) -> Result<Vec<(Arc<Adapter>, f32)>, Error> {
+    specs
+        .into_iter()
+        .map(|(path, scale)| {
+            let patch = Patch::open(path)?;
+            patch.check_shapes(&open.weights)?;
+            patch.check_base(&open.weights)?;
+            Ok((Arc::new(Adapter::load(&open.model, path)?), scale))
+        })
+        .collect()
+}

@@ -1,0 +1,149 @@
+//! `nepenthe eval`.
+
+use super::common::{AdapterArgs, ModelArgs, Output, TemplateArg};
+use crate::data::load_records;
+use crate::error::Error;
+use crate::ggml::{Context, ContextOptions};
+use crate::progress::Progress;
+use crate::score::{evaluate, perplexity};
+use clap::Args;
+use std::path::{Path, PathBuf};
+
+/// Measure answers or perplexity
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("what").required(true).args(["data", "text"])))]
+pub struct Eval {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    adapters: AdapterArgs,
+    #[command(flatten)]
+    template: TemplateArg,
+    /// Questions with answers (JSON Lines)
+    #[arg(long)]
+    data: Option<PathBuf>,
+    /// Running text: print its perplexity
+    #[arg(long)]
+    text: Option<PathBuf>,
+    /// Only the first N records
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
+    /// Only the first N tokens of the text
+    #[arg(long, value_name = "N")]
+    tokens: Option<usize>,
+    /// Window of the perplexity, in tokens
+    #[arg(short, long = "ctx-size", default_value_t = 512)]
+    ctx_size: usize,
+    /// Do not write answers, only score the given ones
+    #[arg(long)]
+    no_generate: bool,
+    /// Cut samples to this many tokens
+    #[arg(long, default_value_t = 512)]
+    max_tokens: usize,
+    /// Write every record's scores and answer to a file (JSON Lines)
+    #[arg(long, value_name = "FILE")]
+    details: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
+}
+
+impl Eval {
+    pub(super) fn run(&self) -> Result<(), Error> {
+        let open = self.model.open()?;
+        let adapters = self.adapters.open(&open)?;
+        let mut progress = Progress::new("scoring", self.output.quiet || self.output.json);
+        if let Some(path) = &self.text {
+            return self.perplexity(&open, &adapters, path, &mut progress);
+        }
+        let mut records = load_records(self.data.as_deref().expect("one of the group"))?;
+        records.truncate(self.limit.unwrap_or(usize::MAX).max(1));
+        let result = evaluate(
+            &open.model,
+            &adapters,
+            &self.template.of(&open)?,
+            &records,
+            !self.no_generate,
+            (self.max_tokens, self.model.n_threads()),
+            &mut |done, total| progress.set(done, total),
+        )?;
+        drop(progress);
+        if let Some(path) = &self.details {
+            write_details(path, &records, &result.scored)?;
+        }
+        if self.output.json {
+            super::emit(&result);
+        } else {
+            println!("samples             {}", result.n);
+            println!("answer probability  {:.4}", result.prob);
+            if let Some(r) = result.rouge_l {
+                println!("ROUGE-L recall      {r:.4}");
+            }
+            println!("answer NLL          {:.4} nats per token", result.nll);
+            println!("answer tokens       {}", result.tokens);
+        }
+        Ok(())
+    }
+
+    fn perplexity(
+        &self,
+        open: &crate::model::OpenModel,
+        adapters: &super::common::Loaded,
+        path: &Path,
+        progress: &mut Progress,
+    ) -> Result<(), Error> {
+        let text = std::fs::read_to_string(path).map_err(|source| Error::Io {
+            path: path.to_owned(),
+            doing: "reading",
+            source,
+        })?;
+        let mut tokens = open.model.tokenize(&text, true, false);
+        tokens.truncate(self.tokens.unwrap_or(usize::MAX));
+        if self.ctx_size < 8 || tokens.len() < self.ctx_size {
+            return Err(Error::Setting {
+                setting: "text",
+                wanted: format!("at least one window of {} tokens (8 or more)", self.ctx_size),
+                found: format!("{} tokens", tokens.len()),
+            });
+        }
+        let mut context = Context::new(
+            &open.model,
+            ContextOptions {
+                n_ctx: self.ctx_size as u32,
+                n_batch: self.ctx_size.min(512) as u32,
+                n_threads: self.model.n_threads(),
+                flash_attn: true,
+                ..ContextOptions::default()
+            },
+        )?;
+        context.set_adapters(adapters)?;
+        let bos = open.model.bos().filter(|&b| tokens.first() == Some(&b));
+        let (ppl, n) = perplexity(&mut context, &tokens, self.ctx_size, bos, &mut |d, t| progress.set(d, t))?;
+        if self.output.json {
+            super::emit(&serde_json::json!({ "perplexity": ppl, "tokens": n, "ctx_size": self.ctx_size }));
+        } else {
+            println!("perplexity {ppl:.4} over {n} tokens in windows of {}", self.ctx_size);
+        }
+        Ok(())
+    }
+}
+
+fn write_details(path: &Path, records: &[crate::data::Record], scored: &[crate::score::Scored]) -> Result<(), Error> {
+    crate::atomic::write_atomic(path, true, |out| {
+        for (record, s) in records.iter().zip(scored) {
+            let line = serde_json::json!({
+                "prompt": record.turns().and_then(|t| t.iter().rev().nth(1).map(|m| m.content.clone())),
+                "reference": record.answer(),
+                "answer": s.answer,
+                "rouge_l": s.rouge_l,
+                "nll": s.nll,
+                "tokens": s.tokens,
+            });
+            writeln!(out, "{line}").map_err(|source| Error::Io {
+                path: path.to_owned(),
+                doing: "writing",
+                source,
+            })?;
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,217 @@
+//! Writing answers: greedy for many prompts at once, sampled and streamed for one.
+
+use super::N_PARALLEL;
+use crate::error::Error;
+use crate::ggml::{Batch, Context, Token};
+use llama_cpp_2::sampling::LlamaSampler;
+use llama_cpp_2::token::LlamaToken;
+use llama_cpp_2::token::data::LlamaTokenData;
+use llama_cpp_2::token::data_array::LlamaTokenDataArray;
+
+/// Tokens the repetition penalty looks back on.
+const PENALTY_TOKENS: i32 = 64;
+
+/// How the next token is chosen; a temperature of 0 takes the likeliest.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// Temperature.
+    pub temp: f32,
+    /// Keep the k likeliest tokens; 0: all.
+    pub top_k: i32,
+    /// Keep the likeliest tokens up to this probability in all; 1: all.
+    pub top_p: f32,
+    /// Keep tokens at least this likely relative to the likeliest; 0: all.
+    pub min_p: f32,
+    /// Penalty on repeating one of the last 64 tokens; 1: none.
+    pub repeat_penalty: f32,
+    /// Seed.
+    pub seed: u32,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temp: 0.0,
+            top_k: 40,
+            top_p: 0.95,
+            min_p: 0.05,
+            repeat_penalty: 1.0,
+            seed: 42,
+        }
+    }
+}
+
+/// llama.cpp's sampler chain, or none for greedy.
+fn sampler(s: &Sampling, n_vocab: usize) -> Option<LlamaSampler> {
+    let mut chain = Vec::new();
+    if s.repeat_penalty != 1.0 {
+        chain.push(LlamaSampler::penalties(n_vocab as i32, PENALTY_TOKENS, s.repeat_penalty, 0.0, 0.0));
+    }
+    if s.temp <= 0.0 {
+        if chain.is_empty() {
+            return None;
+        }
+        chain.push(LlamaSampler::greedy());
+    } else {
+        if s.top_k > 0 {
+            chain.push(LlamaSampler::top_k(s.top_k));
+        }
+        chain.push(LlamaSampler::top_p(s.top_p, 1));
+        chain.push(LlamaSampler::min_p(s.min_p, 1));
+        chain.push(LlamaSampler::temp(s.temp));
+        chain.push(LlamaSampler::dist(s.seed));
+    }
+    Some(LlamaSampler::chain(chain, true))
+}
+
+/// Let `sampler` choose from a row of logits.
+fn choose(sampler: &mut LlamaSampler, row: &[f32]) -> Token {
+    let data = row.iter().enumerate().map(|(i, &v)| LlamaTokenData::new(LlamaToken(i as i32), v, 0.0));
+    let mut candidates = LlamaTokenDataArray::from_iter(data, false);
+    sampler.apply(&mut candidates);
+    let token = candidates.selected_token().map_or_else(|| argmax(row), |t| t.0);
+    sampler.accept(LlamaToken(token));
+    token
+}
+
+struct Running {
+    prompt: usize,
+    pos: i32,
+    next: Token,
+}
+
+/// Greedy answers to `prompts`, `N_PARALLEL` of them at a time; each ends before the model's
+/// end-of-generation token or at `max_tokens`.
+///
+/// # Errors
+/// llama.cpp's failures.
+pub fn generate_greedy(
+    context: &mut Context,
+    prompts: &[Vec<Token>],
+    max_tokens: usize,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Vec<Vec<Token>>, Error> {
+    let mut answers = vec![Vec::new(); prompts.len()];
+    let mut running: Vec<Option<Running>> = (0..N_PARALLEL).map(|_| None).collect();
+    let mut queue = 0..prompts.len();
+    let mut finished = 0;
+    context.clear();
+    loop {
+        for (slot, run) in running.iter_mut().enumerate() {
+            // A slot may pass through several prompts whose answers end at once.
+            while run.is_none() {
+                let Some(prompt) = queue.next() else { break };
+                context.forget(slot as i32, 0);
+                let row = prefill(context, &prompts[prompt], slot as i32)?;
+                let next = argmax(context.logits(row).expect("the last token's were asked for"));
+                *run = step(context, prompt, prompts[prompt].len() as i32, next, max_tokens, &mut answers[prompt]);
+                if run.is_none() {
+                    finished += 1;
+                    progress(finished);
+                }
+            }
+        }
+        let mut batch = Batch::default();
+        let mut slots = Vec::new();
+        for (slot, run) in running.iter().enumerate() {
+            if let Some(run) = run {
+                batch.push(run.next, run.pos, slot as i32, true);
+                slots.push(slot);
+            }
+        }
+        if batch.is_empty() {
+            return Ok(answers);
+        }
+        context.decode(&mut batch)?;
+        for (at, slot) in slots.into_iter().enumerate() {
+            let run = running[slot].take().expect("slots hold running prompts");
+            let next = argmax(context.logits(at).expect("asked for"));
+            let answer = &mut answers[run.prompt];
+            running[slot] = step(context, run.prompt, run.pos + 1, next, max_tokens, answer);
+            if running[slot].is_none() {
+                finished += 1;
+                progress(finished);
+            }
+        }
+    }
+}
+
+/// Note `next`; `None` when the answer is over.
+fn step(
+    context: &Context,
+    prompt: usize,
+    pos: i32,
+    next: Token,
+    max_tokens: usize,
+    answer: &mut Vec<Token>,
+) -> Option<Running> {
+    if context.model().is_end(next) || answer.len() >= max_tokens {
+        return None;
+    }
+    answer.push(next);
+    Some(Running { prompt, pos, next })
+}
+
+/// Decode a prompt into sequence `seq`; the row of its last token's logits.
+fn prefill(context: &mut Context, prompt: &[Token], seq: i32) -> Result<usize, Error> {
+    let last = prompt.len().saturating_sub(1);
+    let mut row = 0;
+    for (first, piece) in prompt.chunks(context.n_batch()).enumerate() {
+        let mut batch = Batch::default();
+        for (i, &token) in piece.iter().enumerate() {
+            let pos = first * context.n_batch() + i;
+            batch.push(token, pos as i32, seq, pos == last);
+            row = i;
+        }
+        context.decode(&mut batch)?;
+    }
+    Ok(row)
+}
+
+/// The first of the largest values: ties do not depend on the order of threads.
+fn argmax(row: &[f32]) -> Token {
+    let mut best = 0;
+    for (i, v) in row.iter().enumerate() {
+        if *v > row[best] {
+            best = i;
+        }
+    }
+    best as Token
+}
+
+/// Generate after `prompt`, showing each token's bytes to `write` as they come; `write` returns
+/// false to stop. Returns the tokens.
+///
+/// # Errors
+/// llama.cpp's failures.
+pub fn generate_streaming(
+    context: &mut Context,
+    prompt: &[Token],
+    max_tokens: usize,
+    sampling: &Sampling,
+    write: &mut dyn FnMut(&[u8]) -> bool,
+) -> Result<Vec<Token>, Error> {
+    context.clear();
+    let mut sampler = sampler(sampling, context.model().n_vocab());
+    let mut row = prefill(context, prompt, 0)?;
+    let mut out = Vec::new();
+    for pos in prompt.len().. {
+        let logits = context.logits(row).expect("the last token's were asked for");
+        let next = match &mut sampler {
+            Some(sampler) => choose(sampler, logits),
+            None => argmax(logits),
+        };
+        if context.model().is_end(next) || out.len() >= max_tokens {
+            break;
+        }
+        out.push(next);
+        if !write(&context.model().piece(next, false)) || pos + 1 >= context.n_ctx() {
+            break;
+        }
+        let mut batch = Batch::default();
+        batch.push(next, pos as i32, 0, true);
+        context.decode(&mut batch)?;
+        row = 0;
+    }
+    Ok(out)
+}

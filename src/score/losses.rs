@@ -1,0 +1,144 @@
+//! Answer losses and perplexity, several sequences to a decode.
+
+use super::N_PARALLEL;
+use crate::data::Sample;
+use crate::error::Error;
+use crate::ggml::{Batch, Context, Token};
+use crate::graph::batch::pack;
+use crate::train::engine::SampleLoss;
+use crate::train::loss::nll;
+use rayon::prelude::*;
+
+/// Bytes of logits a decode may hold.
+const LOGIT_BYTES: usize = 128 << 20;
+
+/// A logits row of the batch: where it is, whose it is, and the token that follows.
+struct Row {
+    at: usize,
+    sample: usize,
+    token: Token,
+}
+
+/// −log p of every answer token of `samples`, summed per sample.
+///
+/// # Errors
+/// llama.cpp's failures.
+pub fn answer_losses(
+    context: &mut Context,
+    samples: &[Sample],
+    progress: &mut dyn FnMut(usize),
+) -> Result<Vec<SampleLoss>, Error> {
+    let max_rows = (LOGIT_BYTES / (4 * context.model().n_vocab())).max(1);
+    let mut losses = vec![SampleLoss::default(); samples.len()];
+    let lengths: Vec<usize> = samples.iter().map(|s| s.tokens.len() - 1).collect();
+    let mut done = 0;
+    for bin in pack(&lengths, context.n_batch()) {
+        for group in bin.chunks(N_PARALLEL) {
+            let mut at = 0;
+            while at < group.len() {
+                // As many samples as the logits of one decode have room for, at least one.
+                let mut rows = 0;
+                let mut end = at;
+                while end < group.len() && (end == at || rows + samples[group[end]].n_answer_tokens() <= max_rows) {
+                    rows += samples[group[end]].n_answer_tokens();
+                    end += 1;
+                }
+                decode(context, samples, &group[at..end], &mut losses)?;
+                done += end - at;
+                progress(done);
+                at = end;
+            }
+        }
+    }
+    Ok(losses)
+}
+
+fn decode(context: &mut Context, samples: &[Sample], group: &[usize], losses: &mut [SampleLoss]) -> Result<(), Error> {
+    let mut batch = Batch::default();
+    let mut rows = Vec::new();
+    for (seq, &s) in group.iter().enumerate() {
+        let sample = &samples[s];
+        let n = sample.tokens.len() - 1;
+        for (pos, &token) in sample.tokens[..n].iter().enumerate() {
+            let wanted = sample.answers.iter().any(|a| a.contains(&(pos + 1)));
+            if wanted {
+                rows.push(Row {
+                    at: batch.len(),
+                    sample: s,
+                    token: sample.tokens[pos + 1],
+                });
+            }
+            batch.push(token, pos as i32, seq as i32, wanted);
+        }
+    }
+    context.clear();
+    context.decode(&mut batch)?;
+    let found = row_losses(context, &rows);
+    for (row, nll) in rows.iter().zip(found) {
+        losses[row.sample].nll += nll;
+        losses[row.sample].loss += nll;
+        losses[row.sample].n_tokens += 1;
+    }
+    Ok(())
+}
+
+fn row_losses(context: &Context, rows: &[Row]) -> Vec<f64> {
+    let logits: Vec<(&[f32], Token)> = rows
+        .iter()
+        .map(|r| (context.logits(r.at).expect("asked for in this batch"), r.token))
+        .collect();
+    logits.par_iter().map(|(row, token)| nll(row, *token)).collect()
+}
+
+/// Perplexity of `tokens` in windows of `n_ctx` that do not overlap, each scored in its second
+/// half as llama.cpp's perplexity tool does; the first token of a window is replaced by `bos`
+/// where there is one. A last window that is not full is left out.
+///
+/// Returns perplexity and the number of tokens scored.
+///
+/// # Errors
+/// llama.cpp's failures.
+pub fn perplexity(
+    context: &mut Context,
+    tokens: &[Token],
+    n_ctx: usize,
+    bos: Option<Token>,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<(f64, usize), Error> {
+    let n_windows = tokens.len() / n_ctx;
+    let (mut sum, mut n) = (0.0, 0);
+    for (w, window) in tokens.chunks_exact(n_ctx).enumerate() {
+        let mut window = window.to_vec();
+        if let Some(bos) = bos {
+            window[0] = bos;
+        }
+        let first = n_ctx / 2;
+        let max_rows = (LOGIT_BYTES / (4 * context.model().n_vocab())).clamp(1, context.n_batch());
+        context.clear();
+        let mut at = 0;
+        while at < n_ctx - 1 {
+            // Before the scored half no logits are wanted, and batches may be full.
+            let room = if at < first { first - at } else { max_rows };
+            let end = (at + room.min(context.n_batch())).min(n_ctx - 1);
+            let mut batch = Batch::default();
+            let mut rows = Vec::new();
+            for pos in at..end {
+                let wanted = pos >= first;
+                if wanted {
+                    rows.push(Row {
+                        at: batch.len(),
+                        sample: 0,
+                        token: window[pos + 1],
+                    });
+                }
+                batch.push(window[pos], pos as i32, 0, wanted);
+            }
+            context.decode(&mut batch)?;
+            n += rows.len();
+            sum += row_losses(context, &rows).iter().sum::<f64>();
+            at = end;
+        }
+        progress(w + 1, n_windows);
+    }
+    Ok(((sum / n.max(1) as f64).exp(), n))
+}
