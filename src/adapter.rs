@@ -7,6 +7,9 @@ use crate::patch::Patch;
 use std::path::Path;
 use std::sync::Arc;
 
+/// Loaded adapters with their scales.
+pub type Loaded = Vec<(Arc<Adapter>, f32)>;
+
 /// Check every adapter against the model, then load it. The scales are the user's.
 ///
 /// # Errors
@@ -14,7 +17,7 @@ use std::sync::Arc;
 pub fn open_adapters<'a>(
     open: &OpenModel,
     specs: impl IntoIterator<Item = (&'a Path, f32)>,
-) -> Result<Vec<(Arc<Adapter>, f32)>, Error> {
+) -> Result<Loaded, Error> {
     specs
         .into_iter()
         .map(|(path, scale)| {

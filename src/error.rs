@@ -8,6 +8,7 @@ use crate::graph::GraphError;
 use crate::patch::PatchError;
 use crate::project::ProjectError;
 use crate::subspace::SubspaceError;
+use crate::train::checkpoint::CheckpointError;
 use std::path::PathBuf;
 use thiserror::Error;
 
@@ -33,6 +34,31 @@ pub enum Error {
     /// A patch that was refused.
     #[error(transparent)]
     Patch(#[from] PatchError),
+    /// A checkpoint that was refused.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A configuration file that was refused.
+    #[error("{}: {problem}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// The parser's words, with line and column.
+        problem: String,
+    },
+    /// The user interrupted a run that can go on.
+    #[error("interrupted after step {step}; the run is kept in {}", checkpoint.display())]
+    Interrupted {
+        /// Its checkpoint.
+        checkpoint: PathBuf,
+        /// Steps taken.
+        step: u64,
+    },
+    /// No tensor has a direction that sets the forget set apart.
+    #[error(
+        "no tensor has a direction in which the forget set exceeds the retain set; \
+         a lower --beta or a smaller --retain-rank leaves more"
+    )]
+    NothingToTrain,
     /// A GGUF that is not a model where a model was wanted.
     #[error("{}: wanted a model, found a GGUF of type {found:?}", path.display())]
     NotAModel {
@@ -120,7 +146,11 @@ impl Error {
             | Self::Atomic(AtomicError::Exists { .. } | AtomicError::NoFileName { .. }) => 2,
             Self::Gguf(GgufError::Atomic(AtomicError::Exists { .. })) => 2,
             Self::Patch(e) => if e.is_mismatch() { 4 } else { 3 },
-            Self::Overlap(_) | Self::Gguf(_) | Self::Data(_) | Self::NotAModel { .. } => 3,
+            Self::Checkpoint(CheckpointError::Other { .. }) => 4,
+            Self::Config { .. } => 2,
+            Self::Interrupted { .. } => 130,
+            Self::NothingToTrain => 2,
+            Self::Checkpoint(_) | Self::Overlap(_) | Self::Gguf(_) | Self::Data(_) | Self::NotAModel { .. } => 3,
             Self::Atomic(AtomicError::Io { doing, .. }) if *doing == "syncing the directory" => 7,
             Self::Atomic(_) | Self::Io { .. } => 6,
             Self::Graph(GraphError::Ggml(OpError::Memory { .. })) => 6,

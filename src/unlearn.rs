@@ -3,24 +3,35 @@
 //! Every stage is a function of its own and most artifacts are also files, so that each stage
 //! can be run alone.
 
+use crate::adapter::{Loaded, open_adapters};
+use crate::atomic::AtomicError;
 use crate::capture::pooled_outputs;
-use crate::data::{Message, Record, Role, Sample, SampleSet, Template, build_samples, general_records, overlap};
+use crate::data::{Message, Record, Role, Sample, SampleSet, Template, build_samples, general_records, overlap, salted_hash};
+use crate::digest::{Digest, of_model};
 use crate::error::Error;
 use crate::graph::template::Adaptable;
 use crate::model::OpenModel;
+use crate::patch::{Info, Patch, TensorInfo, Update, base_of, digest_of};
 use crate::project::NetUpdate;
+use crate::score::evaluate;
 use crate::subspace::{Pooled, Retain, RetainBasis, Subspace, SubspaceConfig, solve_all};
 use crate::train::adapters::Pairs;
+use crate::train::checkpoint::{Checkpoint, Identity};
 use crate::train::config::{Constraint, Init, StopConfig, UnlearnConfig};
-use crate::train::engine::mean_nll;
-use crate::train::fit::Until;
+use crate::train::engine::{Engine, mean_nll};
+use crate::train::fit::{Ended, FitState, Until, Watch, fit};
 use crate::train::trainer::Trainer;
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// Samples of a split whose outputs are pooled: the paper's 256, in data order.
 pub const CAPTURE_SAMPLES: usize = 256;
 /// Answers that stand in for others' when there is nothing to exchange.
 const FALLBACK_ANSWERS: usize = 8;
+/// Samples of each set in the table before and after.
+const MEASURED: usize = 40;
 
 /// What is to be forgotten and what is to be kept.
 #[derive(Debug, Clone)]
@@ -180,7 +191,7 @@ pub fn subspace_config(config: &UnlearnConfig) -> SubspaceConfig {
 }
 
 /// Answer NLL that counts as unseen, and what it was derived from.
-#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct UnseenLevel {
     /// Mean answer NLL, nats per token, at which training stops.
     pub nll: f64,
@@ -332,6 +343,322 @@ pub fn net_updates(open: &OpenModel, pairs: &Pairs, constraint: Constraint) -> R
             })
         })
         .collect()
+}
+
+/// A whole run.
+pub struct Job<'a> {
+    /// Model.
+    pub open: &'a OpenModel,
+    /// Chat template.
+    pub template: Template,
+    /// What is to be forgotten.
+    pub forget: Vec<Record>,
+    /// What is to be kept; none: the built-in general text.
+    pub retain: Option<Vec<Record>>,
+    /// Retain bases computed before.
+    pub shared: Option<Vec<RetainBasis>>,
+    /// Settings.
+    pub config: UnlearnConfig,
+    /// ggml threads.
+    pub n_threads: usize,
+    /// The patch to write.
+    pub out: PathBuf,
+    /// Replace it if it exists.
+    pub force: bool,
+    /// Where an interrupted run is put.
+    pub checkpoint: PathBuf,
+    /// Go on from there instead of starting.
+    pub resume: bool,
+}
+
+/// Shows a run to the user.
+pub trait Ui: Watch {
+    /// A sentence worth reading.
+    fn notice(&mut self, text: &str);
+    /// A stage and how far it is.
+    fn progress(&mut self, stage: &str, done: usize, total: usize);
+}
+
+/// Answers of one set, before or after.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Measured {
+    /// Samples measured.
+    pub n: usize,
+    /// Mean answer probability^(1/tokens).
+    pub prob: f64,
+    /// Mean ROUGE-L recall of greedy answers.
+    pub rouge_l: Option<f64>,
+    /// Mean answer NLL.
+    pub nll: f64,
+}
+
+/// Both sets.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Both {
+    /// Forget set.
+    pub forget: Measured,
+    /// Retain set.
+    pub retain: Measured,
+}
+
+/// What a run did.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Why training ended.
+    pub ended: Ended,
+    /// Optimiser steps.
+    pub steps: u64,
+    /// The unseen level, where it was the end.
+    pub level: Option<UnseenLevel>,
+    /// The model alone.
+    pub before: Both,
+    /// The model with the patch as written.
+    pub after: Both,
+    /// Mean ‖ΔW‖/‖W‖ over adapted tensors.
+    pub relative_norm: f64,
+    /// Largest ‖PᵀΔW‖/‖ΔW‖.
+    pub retain_fraction: f64,
+    /// Adapted tensors.
+    pub n_tensors: usize,
+    /// Size of the patch, bytes.
+    pub patch_bytes: u64,
+    /// Seconds from start to finish.
+    pub seconds: f64,
+}
+
+/// Everything a loop needs to go on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct RunState {
+    fit: FitState,
+    level: Option<UnseenLevel>,
+}
+
+/// Forget: from a model and texts to a patch on disk.
+///
+/// # Errors
+/// Bad data or settings, a model that cannot be traced, failures of engine and disk, and
+/// [`Error::Interrupted`] when the watcher stopped the run (a checkpoint is then on disk).
+pub fn unlearn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
+    let began = Instant::now();
+    let config = &job.config;
+    config.train.validate()?;
+    config.stop.validate()?;
+    if !job.force && job.out.exists() {
+        return Err(AtomicError::Exists { path: job.out }.into());
+    }
+    let open = job.open;
+    let sets = Sets::new(open, &job.template, job.forget, job.retain, config.train.max_tokens)?;
+    for notice in &sets.notices {
+        ui.notice(notice);
+    }
+    let engine = Engine::new(open, job.n_threads, config.train.micro_tokens)?;
+    let adaptable = engine.template.adaptable.clone();
+    let identity = Identity {
+        base: of_model(open.weights.set())?,
+        data: data_digest(&sets),
+        config: serde_json::to_value(config).expect("plain values"),
+    };
+    let (mut trainer, mut state) = if job.resume {
+        let checkpoint: Checkpoint<RunState> = Checkpoint::open(&job.checkpoint, &identity, &adaptable)?;
+        let mut trainer = Trainer::new(engine, checkpoint.pairs)?;
+        trainer.moments = checkpoint.moments;
+        trainer.step = checkpoint.step;
+        (trainer, checkpoint.state)
+    } else {
+        let subspaces = subspaces(
+            open,
+            &adaptable,
+            (&sets.forget, &sets.retain),
+            job.shared,
+            &subspace_config(config),
+            job.n_threads,
+            &mut |done, total| ui.progress("capturing outputs", done, total),
+        )?;
+        if let Some(notice) = lowered(&subspaces) {
+            ui.notice(&notice);
+        }
+        let pairs = start(open, &adaptable, subspaces, config)?;
+        if pairs.list.is_empty() {
+            return Err(Error::NothingToTrain);
+        }
+        let mut trainer = Trainer::new(engine, pairs)?;
+        let (until, level) = until(&mut trainer, open, &job.template, &sets, config)?;
+        let fit = FitState::new(&config.train, until, sets.forget.len(), sets.retain.len());
+        (trainer, RunState { fit, level })
+    };
+    let measure = |adapters: &Loaded, ui: &mut dyn Ui, stage: &str| -> Result<Both, Error> {
+        Ok(Both {
+            forget: measure(open, adapters, &job.template, &sets.forget_records, config, job.n_threads, &mut |d, t| {
+                ui.progress(&format!("{stage}: forget set"), d, t);
+            })?,
+            retain: measure(open, adapters, &job.template, &sets.retain_records, config, job.n_threads, &mut |d, t| {
+                ui.progress(&format!("{stage}: retain set"), d, t);
+            })?,
+        })
+    };
+    let before = measure(&Vec::new(), ui, "before")?;
+    if let Some(level) = &state.level {
+        ui.notice(&match level.exchanged {
+            Some(exchanged) => format!(
+                "unseen level: answer NLL {:.2} ({:.2} x the {exchanged:.2} of answers that belong to other questions); now {:.2}",
+                level.nll, config.stop.factor, before.forget.nll
+            ),
+            None => format!("unseen level: answer NLL {:.2}, as asked; now {:.2}", level.nll, before.forget.nll),
+        });
+    }
+    let ended = fit(
+        &mut trainer,
+        &config.train,
+        &config.stop,
+        &mut state.fit,
+        (&sets.forget, &sets.retain),
+        ui,
+    )?;
+    if ended == Ended::Interrupted {
+        let checkpoint = Checkpoint {
+            identity,
+            pairs: trainer.pairs,
+            moments: trainer.moments,
+            step: trainer.step,
+            state,
+        };
+        checkpoint.save(&job.checkpoint)?;
+        return Err(Error::Interrupted {
+            checkpoint: job.checkpoint,
+            step: checkpoint.step,
+        });
+    }
+    if ended == Ended::NotReached {
+        ui.notice(&format!(
+            "the unseen level was not reached in {} steps; --max-steps or a higher --lr may help",
+            trainer.step
+        ));
+    }
+    let nets = net_updates(open, &trainer.pairs, config.train.constraint)?;
+    let steps = trainer.step;
+    drop(trainer);
+    let method = match (config.train.init, config.train.constraint) {
+        (Init::Rila, Constraint::None) => "rila",
+        (Init::Rila, _) => "reglu",
+        (Init::Lora, _) => "lora",
+    };
+    let mut info = Info::new(base_of(&open.weights)?, method, identity.config, config.train.seed);
+    let salt = new_salt(&identity.data);
+    info.forget_hash = Some(Digest(salted_hash(&sets.forget_records, &salt.0)));
+    info.salt = Some(salt);
+    info.n_forget = sets.forget_records.len() as u32;
+    info.n_retain = sets.retain_records.len() as u32;
+    info.training = serde_json::json!({
+        "steps": steps, "ended": ended, "level": state.level, "checks": state.fit.checks,
+        "general_retain": sets.general,
+    });
+    let mut updates = Vec::with_capacity(nets.len());
+    for n in &nets {
+        info.tensors.push(TensorInfo {
+            name: n.tensor.clone(),
+            digest: digest_of(&open.weights, &n.tensor)?,
+            rank: n.rank as u32,
+            retain_rank: n.retain_rank as u32,
+            norm: n.norm as f32,
+            relative_norm: n.relative_norm as f32,
+            retain_fraction: n.retain_fraction as f32,
+        });
+        updates.push(update(n)?);
+    }
+    let mut patch = Patch::new(open.weights.arch()?, info, updates);
+    // Measured through llama.cpp, on the factors as they are stored.
+    let dir = tempfile::tempdir().map_err(|source| Error::Io {
+        path: std::env::temp_dir(),
+        doing: "making a temporary directory",
+        source,
+    })?;
+    let trial = dir.path().join("patch.gguf");
+    patch.save(&trial, false)?;
+    let adapters = open_adapters(open, [(trial.as_path(), 1.0)])?;
+    let after = measure(&adapters, ui, "after")?;
+    drop(adapters);
+    if let Some(info) = &mut patch.info {
+        info.metrics = serde_json::json!({ "before": before, "after": after });
+    }
+    let patch_bytes = patch.save(&job.out, job.force)?;
+    let mean = |f: fn(&NetReport) -> f64| nets.iter().map(f).sum::<f64>() / nets.len() as f64;
+    Ok(Report {
+        ended,
+        steps,
+        level: state.level,
+        before,
+        after,
+        relative_norm: mean(|n| n.relative_norm),
+        retain_fraction: nets.iter().map(|n| n.retain_fraction).fold(0.0, f64::max),
+        n_tensors: nets.len(),
+        patch_bytes,
+        seconds: began.elapsed().as_secs_f64(),
+    })
+}
+
+/// ΔW in the balanced factors of its singular value decomposition: B·A − B0·A0 nearly cancels,
+/// and 16 bits of each would keep few of the difference.
+fn update(n: &NetReport) -> Result<Update, Error> {
+    let (n_in, n_out, rank) = n.net.shape();
+    let balanced = n.net.refactor(rank)?.update;
+    let (_, _, rank) = balanced.shape();
+    Ok(Update {
+        tensor: n.tensor.clone(),
+        n_in,
+        n_out,
+        rank,
+        scale: balanced.scale(),
+        lora_a: balanced.lora_a().to_vec(),
+        lora_b: balanced.lora_b().to_vec(),
+    })
+}
+
+fn measure(
+    open: &OpenModel,
+    adapters: &Loaded,
+    template: &Template,
+    records: &[Record],
+    config: &UnlearnConfig,
+    n_threads: usize,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Measured, Error> {
+    let n = records.len().min(MEASURED);
+    let chosen: Vec<Record> = (0..n).map(|i| records[i * records.len() / n].clone()).collect();
+    let limits = (config.train.max_tokens, n_threads);
+    let e = evaluate(&open.model, adapters, template, &chosen, true, limits, progress)?;
+    Ok(Measured {
+        n: e.n,
+        prob: e.prob,
+        rouge_l: e.rouge_l,
+        nll: e.nll,
+    })
+}
+
+/// One sentence for all tensors whose bases came out smaller than asked.
+fn lowered(subspaces: &[Subspace]) -> Option<String> {
+    let all: Vec<String> = subspaces.iter().flat_map(Subspace::lowered).collect();
+    let first = all.first()?;
+    Some(match all.len() {
+        1 => first.clone(),
+        n => format!("{first} (and {} more bases, for the same reason)", n - 1),
+    })
+}
+
+/// Names data in a checkpoint; never leaves this machine, so it needs no salt.
+fn data_digest(sets: &Sets) -> Digest {
+    let forget = salted_hash(&sets.forget_records, b"forget");
+    Digest(salted_hash(&sets.retain_records, &forget))
+}
+
+/// A salt nobody can guess without having the data and the moment.
+fn new_salt(data: &Digest) -> Digest {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let state = std::hash::RandomState::new();
+    let random = std::hash::BuildHasher::hash_one(&state, now.as_nanos());
+    let mut seed = data.0.to_vec();
+    seed.extend(random.to_le_bytes());
+    seed.extend(now.as_nanos().to_le_bytes());
+    Digest(salted_hash(&[], &seed))
 }
 
 #[cfg(test)]

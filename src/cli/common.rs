@@ -1,14 +1,13 @@
 //! Flags that several subcommands share.
 
-use crate::adapter::open_adapters;
+use crate::adapter::{Loaded, open_adapters};
 use crate::data::Template;
 use crate::error::Error;
-use crate::ggml::Adapter;
 use crate::model::OpenModel;
 use clap::Args;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Arc;
+
 
 /// Which model, on how many threads.
 #[derive(Debug, Clone, Args)]
@@ -100,9 +99,6 @@ impl FromStr for AdapterSpec {
         })
     }
 }
-
-/// Loaded adapters with their scales.
-pub type Loaded = Vec<(Arc<Adapter>, f32)>;
 
 /// Which patches apply.
 #[derive(Debug, Clone, Args)]

@@ -87,7 +87,7 @@ impl Eval {
     fn perplexity(
         &self,
         open: &crate::model::OpenModel,
-        adapters: &super::common::Loaded,
+        adapters: &crate::adapter::Loaded,
         path: &Path,
         progress: &mut Progress,
     ) -> Result<(), Error> {

@@ -2,6 +2,7 @@
 
 pub mod adamw;
 pub mod adapters;
+pub mod checkpoint;
 pub mod config;
 pub mod engine;
 pub mod fit;
