@@ -8,6 +8,7 @@ use crate::graph::GraphError;
 use crate::patch::PatchError;
 use crate::project::ProjectError;
 use crate::subspace::SubspaceError;
+use crate::subspace_file::SubspaceFileError;
 use crate::train::checkpoint::CheckpointError;
 use std::path::PathBuf;
 use thiserror::Error;
@@ -34,6 +35,9 @@ pub enum Error {
     /// A patch that was refused.
     #[error(transparent)]
     Patch(#[from] PatchError),
+    /// A subspace file that was refused.
+    #[error(transparent)]
+    SubspaceFile(#[from] SubspaceFileError),
     /// A checkpoint that was refused.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -150,6 +154,8 @@ impl Error {
             Self::Config { .. } => 2,
             Self::Interrupted { .. } => 130,
             Self::NothingToTrain => 2,
+            Self::SubspaceFile(SubspaceFileError::Base { .. }) => 4,
+            Self::SubspaceFile(_) => 3,
             Self::Checkpoint(_) | Self::Overlap(_) | Self::Gguf(_) | Self::Data(_) | Self::NotAModel { .. } => 3,
             Self::Atomic(AtomicError::Io { doing, .. }) if *doing == "syncing the directory" => 7,
             Self::Atomic(_) | Self::Io { .. } => 6,

@@ -19,6 +19,7 @@ pub mod project;
 pub mod rng;
 pub mod score;
 pub mod subspace;
+pub mod subspace_file;
 pub mod train;
 pub mod unlearn;
 

@@ -4,6 +4,8 @@ mod common;
 mod eval;
 mod merge;
 mod run;
+mod train_ui;
+mod unlearn;
 
 pub use common::{AdapterArgs, AdapterSpec, ModelArgs, Output};
 
@@ -22,6 +24,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Unlearn(Box<unlearn::Unlearn>),
     Run(run::Run),
     Eval(eval::Eval),
     Merge(merge::Merge),
@@ -34,6 +37,7 @@ impl Cli {
     /// Whatever it fails with.
     pub fn run(self) -> Result<(), Error> {
         match self.command {
+            Command::Unlearn(c) => c.run(),
             Command::Run(c) => c.run(),
             Command::Eval(c) => c.run(),
             Command::Merge(c) => c.run(),

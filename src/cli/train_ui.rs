@@ -1,0 +1,153 @@
+//! What a long training run shows, logs and listens to.
+
+use crate::error::Error;
+use crate::progress::Progress;
+use crate::train::fit::{Event, Watch};
+use crate::unlearn::Ui;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// The first Ctrl-C asks the run to stop after its step, the second ends the process.
+fn listen() {
+    static ONCE: OnceLock<()> = OnceLock::new();
+    ONCE.get_or_init(|| {
+        let heard = ctrlc::set_handler(|| {
+            if STOP.swap(true, Ordering::SeqCst) {
+                std::process::exit(130);
+            }
+            eprintln!("\nstopping after this step (once more: at once)");
+        });
+        // Without a handler the system's own applies: the run ends at once.
+        let _ = heard;
+    });
+}
+
+/// Progress line, notices and JSON-lines log.
+pub struct TrainUi {
+    quiet: bool,
+    stage: String,
+    progress: Option<Progress>,
+    log: Option<(PathBuf, BufWriter<File>)>,
+    failed: Option<std::io::Error>,
+}
+
+impl TrainUi {
+    /// Start listening for Ctrl-C and open `log`.
+    ///
+    /// # Errors
+    /// A log that cannot be made.
+    pub fn new(quiet: bool, log: Option<&Path>) -> Result<Self, Error> {
+        listen();
+        let log = match log {
+            Some(path) => {
+                let file = File::options().create(true).append(true).open(path);
+                let file = file.map_err(|source| Error::Io {
+                    path: path.to_owned(),
+                    doing: "opening the log",
+                    source,
+                })?;
+                Some((path.to_owned(), BufWriter::new(file)))
+            }
+            None => None,
+        };
+        Ok(Self {
+            quiet,
+            stage: String::new(),
+            progress: None,
+            log,
+            failed: None,
+        })
+    }
+
+    /// Close the log.
+    ///
+    /// # Errors
+    /// The first failure to write it.
+    pub fn finish(&mut self) -> Result<(), Error> {
+        self.progress = None;
+        if let Some((path, mut file)) = self.log.take() {
+            let failed = self.failed.take().map_or_else(|| file.flush(), Err);
+            failed.map_err(|source| Error::Io {
+                path,
+                doing: "writing the log",
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn line(&mut self, stage: &str) -> &mut Progress {
+        if self.stage != stage || self.progress.is_none() {
+            self.progress = None;
+            self.stage = stage.to_owned();
+            self.progress = Some(Progress::new(stage, self.quiet));
+        }
+        self.progress.as_mut().expect("made above")
+    }
+
+    fn write(&mut self, event: &Event<'_>) {
+        let Some((_, file)) = &mut self.log else { return };
+        let written = serde_json::to_string(event)
+            .map_err(std::io::Error::other)
+            .and_then(|text| writeln!(file, "{text}"))
+            .and_then(|()| file.flush());
+        if let Err(e) = written {
+            self.failed.get_or_insert(e);
+        }
+    }
+}
+
+impl Watch for TrainUi {
+    fn seen(&mut self, event: &Event<'_>) {
+        self.write(event);
+        match event {
+            Event::Step { step, of, report, .. } => {
+                let part = |name: &str, v: Option<f64>| v.map_or(String::new(), |v| format!(" {name} {v:.3}"));
+                let note = format!(
+                    "  loss:{}{}{}",
+                    part("forget", report.forget),
+                    part("retain", report.retain),
+                    part("ROL", report.rol)
+                );
+                self.line("training").note(*step as usize, *of, &note);
+            }
+            Event::Check(c) if !self.quiet => {
+                let text = format!(
+                    "step {:>4}: forget answers NLL {:.2}, probability {:.3}, {:.0}% still known",
+                    c.step,
+                    c.nll,
+                    c.prob,
+                    100.0 * c.below
+                );
+                self.line("training").say(&text);
+            }
+            Event::Learned { step, prob } if !self.quiet => {
+                let text = format!("step {step:>4}: answer probability {prob:.3}");
+                self.line("training").say(&text);
+            }
+            _ => {}
+        }
+    }
+
+    fn stop(&self) -> bool {
+        STOP.load(Ordering::SeqCst)
+    }
+}
+
+impl Ui for TrainUi {
+    fn notice(&mut self, text: &str) {
+        self.progress = None;
+        if !self.quiet {
+            eprintln!("{text}");
+        }
+    }
+
+    fn progress(&mut self, stage: &str, done: usize, total: usize) {
+        self.line(stage).set(done, total);
+    }
+}
