@@ -11,6 +11,7 @@ pub mod eval;
 pub mod ggml;
 pub mod gguf;
 pub mod graph;
+pub mod learn;
 pub mod merge;
 pub mod model;
 pub mod patch;

@@ -314,6 +314,24 @@ pub struct NetReport {
     pub retain_rank: usize,
 }
 
+impl NetReport {
+    /// As a patch records it.
+    ///
+    /// # Errors
+    /// A weight that cannot be read.
+    pub fn info(&self, open: &OpenModel) -> Result<TensorInfo, Error> {
+        Ok(TensorInfo {
+            name: self.tensor.clone(),
+            digest: digest_of(&open.weights, &self.tensor)?,
+            rank: self.rank as u32,
+            retain_rank: self.retain_rank as u32,
+            norm: self.norm as f32,
+            relative_norm: self.relative_norm as f32,
+            retain_fraction: self.retain_fraction as f32,
+        })
+    }
+}
+
 /// Net updates of all pairs, projected once more where the constraint is hard (rounding of the
 /// factors in f32 leaves about 1e-7 of them in P).
 ///
@@ -554,15 +572,7 @@ pub fn unlearn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
     });
     let mut updates = Vec::with_capacity(nets.len());
     for n in &nets {
-        info.tensors.push(TensorInfo {
-            name: n.tensor.clone(),
-            digest: digest_of(&open.weights, &n.tensor)?,
-            rank: n.rank as u32,
-            retain_rank: n.retain_rank as u32,
-            norm: n.norm as f32,
-            relative_norm: n.relative_norm as f32,
-            retain_fraction: n.retain_fraction as f32,
-        });
+        info.tensors.push(n.info(open)?);
         updates.push(update(n)?);
     }
     let mut patch = Patch::new(open.weights.arch()?, info, updates);

@@ -2,6 +2,7 @@
 
 mod common;
 mod eval;
+mod learn;
 mod merge;
 mod run;
 mod train_ui;
@@ -25,6 +26,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Unlearn(Box<unlearn::Unlearn>),
+    Learn(learn::Learn),
     Run(run::Run),
     Eval(eval::Eval),
     Merge(merge::Merge),
@@ -38,6 +40,7 @@ impl Cli {
     pub fn run(self) -> Result<(), Error> {
         match self.command {
             Command::Unlearn(c) => c.run(),
+            Command::Learn(c) => c.run(),
             Command::Run(c) => c.run(),
             Command::Eval(c) => c.run(),
             Command::Merge(c) => c.run(),

@@ -241,11 +241,7 @@ impl Unlearn {
             Some(path) => Some(subspace_file::open_for(path, &open)?),
             None => None,
         };
-        let checkpoint = self.resume.clone().unwrap_or_else(|| {
-            let mut name = self.out.clone().into_os_string();
-            name.push(".checkpoint");
-            name.into()
-        });
+        let checkpoint = self.resume.clone().unwrap_or_else(|| checkpoint_beside(&self.out));
         let mut ui = TrainUi::new(self.output.quiet || self.output.json, self.log.as_deref())?;
         let report = unlearn(
             Job {
@@ -302,8 +298,15 @@ fn read_toml(path: &Path, preset: Preset) -> Result<UnlearnConfig, Error> {
     base.try_into().map_err(|e: toml::de::Error| bad(e.to_string()))
 }
 
+/// Where the run that makes `out` is kept when it is interrupted.
+pub(super) fn checkpoint_beside(out: &Path) -> PathBuf {
+    let mut name = out.to_owned().into_os_string();
+    name.push(".checkpoint");
+    name.into()
+}
+
 /// This command line with `--resume`.
-fn resume_command(checkpoint: &Path) -> String {
+pub(super) fn resume_command(checkpoint: &Path) -> String {
     let mut words: Vec<String> = std::env::args().collect();
     if !words.iter().any(|w| w == "--resume" || w.starts_with("--resume=")) {
         words.extend(["--resume".into(), checkpoint.display().to_string()]);
