@@ -3,6 +3,7 @@
 pub mod adapter;
 pub mod atomic;
 pub mod capture;
+pub mod check;
 pub mod cli;
 pub mod data;
 pub mod digest;

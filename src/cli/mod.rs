@@ -1,10 +1,14 @@
 //! The command line, one file per subcommand. Flags follow llama.cpp where it has them.
 
+mod check;
 mod common;
+mod demo;
 mod eval;
+mod inspect;
 mod learn;
 mod merge;
 mod run;
+mod subspace;
 mod train_ui;
 mod unlearn;
 
@@ -26,10 +30,14 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Unlearn(Box<unlearn::Unlearn>),
+    Subspace(subspace::Subspace),
     Learn(learn::Learn),
     Run(run::Run),
     Eval(eval::Eval),
     Merge(merge::Merge),
+    Inspect(inspect::Inspect),
+    Check(check::Check),
+    Demo(demo::Demo),
 }
 
 impl Cli {
@@ -40,10 +48,14 @@ impl Cli {
     pub fn run(self) -> Result<(), Error> {
         match self.command {
             Command::Unlearn(c) => c.run(),
+            Command::Subspace(c) => c.run(),
             Command::Learn(c) => c.run(),
             Command::Run(c) => c.run(),
             Command::Eval(c) => c.run(),
             Command::Merge(c) => c.run(),
+            Command::Inspect(c) => c.run(),
+            Command::Check(c) => c.run(),
+            Command::Demo(c) => c.run(),
         }
     }
 }

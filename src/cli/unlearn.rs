@@ -325,7 +325,7 @@ pub(super) fn resume_command(checkpoint: &Path) -> String {
     quoted.join(" ")
 }
 
-fn table(r: &Report, out: &Path) {
+pub(super) fn table(r: &Report, out: &Path) {
     let rouge = |m: &crate::unlearn::Measured| m.rouge_l.map_or("-".into(), |r| format!("{r:.3}"));
     println!("                     before   after");
     for (name, before, after) in [("forget", &r.before.forget, &r.after.forget), ("retain", &r.before.retain, &r.after.retain)] {

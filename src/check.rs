@@ -1,0 +1,189 @@
+//! Whether a model can be trained here: its graph traced, rebuilt, compared with llama.cpp's own
+//! decode, and one training step measured.
+
+use crate::data::{GENERAL_TEXT, Sample};
+use crate::error::Error;
+use crate::ggml::{Batch, Context, ContextOptions, Cpu, Token};
+use crate::graph::batch::{Packed, Sequence};
+use crate::graph::tape::{End, Parts, Tape, Trained, first_without_rule};
+use crate::graph::trace::trace;
+use crate::graph::weights::Transposed;
+use crate::model::OpenModel;
+use crate::train::adapters::Pairs;
+use crate::train::config::{Constraint, TrainConfig};
+use crate::train::engine::Engine;
+use crate::train::trainer::{StepBatch, Trainer};
+use serde::Serialize;
+use std::time::Instant;
+
+/// Tokens compared; a multiple of 8, or the attention sums of both sides differ in length.
+const N_PARITY: usize = 64;
+/// Tokens of the timed step.
+const N_STEP: usize = 256;
+/// Rank of the timed step.
+const RANK: usize = 32;
+
+/// What was found.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Checked {
+    /// Architecture.
+    pub arch: String,
+    /// Weights that take adapters.
+    pub adaptable: usize,
+    /// Their names.
+    pub tensors: Vec<String>,
+    /// The first op without a gradient rule; training is then impossible.
+    pub missing_rule: Option<String>,
+    /// Largest absolute difference of the rebuilt graph's logits from llama_decode's.
+    pub max_abs_diff: f64,
+    /// The same over the largest absolute logit.
+    pub max_rel_diff: f64,
+    /// Share of tokens with the same likeliest next token, 0 to 1.
+    pub argmax_agree: f64,
+    /// Tokens compared.
+    pub n_tokens: usize,
+    /// Milliseconds of the trace.
+    pub trace_ms: f64,
+    /// One step of 256 tokens at rank 32, if the model can be trained.
+    pub step: Option<Step>,
+}
+
+/// A measured training step.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Step {
+    /// Tokens.
+    pub tokens: usize,
+    /// Seconds, forward and backward.
+    pub seconds: f64,
+    /// Seconds of a forward pass alone.
+    pub forward_seconds: f64,
+    /// Bytes of graph, transposed weights, parameters and moments.
+    pub memory_bytes: usize,
+}
+
+/// Check `open`.
+///
+/// # Errors
+/// A model that cannot be traced or computed.
+pub fn check(open: &OpenModel, n_threads: usize) -> Result<Checked, Error> {
+    let began = Instant::now();
+    let template = trace(&open.model, &open.weights)?;
+    let trace_ms = began.elapsed().as_secs_f64() * 1e3;
+    let mut tokens = open.model.tokenize(GENERAL_TEXT, true, false);
+    tokens.truncate(N_STEP + 1);
+    let compared = &tokens[..N_PARITY.min(tokens.len() / 8 * 8)];
+    let ours = rebuilt_logits(open, &template, compared, n_threads)?;
+    let theirs = llama_logits(open, compared, n_threads)?;
+    let (max_abs_diff, largest, agree) = compare(&ours, &theirs, open.model.n_vocab());
+    let missing_rule = first_without_rule(&template);
+    let step = match missing_rule {
+        Some(_) => None,
+        None => Some(measure_step(open, tokens.clone(), n_threads)?),
+    };
+    Ok(Checked {
+        arch: open.weights.arch()?.to_owned(),
+        adaptable: template.adaptable.len(),
+        tensors: template.adaptable.iter().map(|t| t.name.clone()).collect(),
+        missing_rule,
+        max_abs_diff,
+        max_rel_diff: max_abs_diff / largest.max(f64::MIN_POSITIVE),
+        argmax_agree: agree as f64 / compared.len() as f64,
+        n_tokens: compared.len(),
+        trace_ms,
+        step,
+    })
+}
+
+fn rebuilt_logits(
+    open: &OpenModel,
+    template: &crate::graph::template::Template,
+    tokens: &[Token],
+    n_threads: usize,
+) -> Result<Vec<f32>, Error> {
+    let mut cpu = Cpu::new(n_threads)?;
+    let rows: Vec<usize> = (0..tokens.len()).collect();
+    let batch = Packed::new(&[Sequence { tokens, rows: &rows }]);
+    let parts = Parts {
+        template,
+        weights: &open.weights,
+        window: usize::try_from(open.model.n_swa()).ok().filter(|&w| w > 0),
+    };
+    let shape = (batch.n_tokens(), batch.n_padded_rows());
+    let mut transposed = Transposed::default();
+    let mut tape = Tape::new(&parts, Trained::Nothing, End::Logits, shape, false, &cpu, &mut transposed)?;
+    let mut out = Vec::new();
+    tape.forward(&mut cpu, &batch, &mut out)?;
+    out.truncate(tokens.len() * open.model.n_vocab());
+    Ok(out)
+}
+
+fn llama_logits(open: &OpenModel, tokens: &[Token], n_threads: usize) -> Result<Vec<f32>, Error> {
+    let mut context = Context::new(
+        &open.model,
+        ContextOptions {
+            n_ctx: 512,
+            n_batch: 512,
+            n_threads,
+            kv_f32: true,
+            ..ContextOptions::default()
+        },
+    )?;
+    let mut batch = Batch::default();
+    for (pos, &token) in tokens.iter().enumerate() {
+        batch.push(token, pos as i32, 0, true);
+    }
+    context.decode(&mut batch)?;
+    let rows = (0..tokens.len()).map(|i| context.logits(i).expect("asked for"));
+    Ok(rows.flatten().copied().collect())
+}
+
+/// (largest difference, largest absolute logit, rows with the same argmax).
+fn compare(ours: &[f32], theirs: &[f32], n_vocab: usize) -> (f64, f64, usize) {
+    let argmax = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| i);
+    let (mut diff, mut largest, mut agree) = (0f64, 0f64, 0);
+    for (a, b) in ours.chunks_exact(n_vocab).zip(theirs.chunks_exact(n_vocab)) {
+        for (x, y) in a.iter().zip(b) {
+            // A NaN on one side alone must not pass for agreement.
+            let d = if x == y { 0.0 } else { f64::from((x - y).abs()) };
+            diff = if d.is_nan() { f64::INFINITY } else { diff.max(d) };
+            largest = largest.max(f64::from(y.abs()));
+        }
+        agree += usize::from(argmax(a) == argmax(b));
+    }
+    (diff, largest, agree)
+}
+
+fn measure_step(open: &OpenModel, tokens: Vec<Token>, n_threads: usize) -> Result<Step, Error> {
+    let n = tokens.len();
+    let engine = Engine::new(open, n_threads, N_STEP)?;
+    let pairs = Pairs::lora(&engine.template.adaptable, RANK, 1.0, 0, Vec::new());
+    let n_params: usize = pairs.lengths().iter().sum();
+    let mut trainer = Trainer::new(engine, pairs)?;
+    let sample = Sample {
+        tokens,
+        // Half of it answer, as question and answer data has it.
+        answers: std::iter::once(n / 2..n).collect(),
+        truncated: false,
+    };
+    let config = TrainConfig {
+        constraint: Constraint::None,
+        ..TrainConfig::default()
+    };
+    let batch = StepBatch {
+        retain: vec![&sample],
+        ..StepBatch::default()
+    };
+    // The first step makes the transposed copies.
+    trainer.step(&config, &batch, 0.0)?;
+    let began = Instant::now();
+    trainer.step(&config, &batch, 0.0)?;
+    let seconds = began.elapsed().as_secs_f64();
+    let began = Instant::now();
+    trainer.losses(&[&sample])?;
+    Ok(Step {
+        tokens: n,
+        seconds,
+        forward_seconds: began.elapsed().as_secs_f64(),
+        memory_bytes: trainer.engine.bytes() + 4 * 5 * n_params,
+    })
+}

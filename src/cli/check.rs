@@ -1,0 +1,47 @@
+//! `nepenthe check`.
+
+use super::common::{ModelArgs, Output};
+use crate::check::check;
+use crate::error::Error;
+use clap::Args;
+
+/// Whether a model can be trained here, and at what cost
+#[derive(Debug, Args)]
+pub struct Check {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    output: Output,
+}
+
+impl Check {
+    pub(super) fn run(&self) -> Result<(), Error> {
+        let open = self.model.open()?;
+        let c = check(&open, self.model.n_threads())?;
+        if self.output.json {
+            super::emit(&c);
+            return Ok(());
+        }
+        println!("architecture     {}", c.arch);
+        println!("adaptable        {} tensors", c.adaptable);
+        println!(
+            "parity           largest logit difference {:.3e} ({:.3e} relative), same likeliest token {:.1}% of {}",
+            c.max_abs_diff,
+            c.max_rel_diff,
+            100.0 * c.argmax_agree,
+            c.n_tokens
+        );
+        match (&c.missing_rule, &c.step) {
+            (Some(op), _) => println!("training         not possible: {op} has no gradient rule"),
+            (None, Some(s)) => println!(
+                "training step    {} tokens in {:.2} s (forward {:.2} s), {} MiB beside the mapped file",
+                s.tokens,
+                s.seconds,
+                s.forward_seconds,
+                s.memory_bytes >> 20
+            ),
+            (None, None) => {}
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Set up and pass every check: formatting, lints, tests, documentation.
+set -euo pipefail
+cd "$(dirname "$0")"
+. .ci/setup
+# The tests on real models; they skip, saying so, when the models cannot be had.
+models/fetch.sh || echo "test: the real models are not at hand; their tests will skip" >&2
+cargo fmt --all --check
+cargo clippy --release --workspace --all-targets -- -D warnings
+if command -v cargo-nextest >/dev/null; then
+    cargo nextest run --release --workspace
+else
+    cargo test --release --workspace
+fi
+RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --release
+echo "test: all passed"
