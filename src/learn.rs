@@ -103,6 +103,7 @@ pub fn learn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
             moments: trainer.moments,
             step: trainer.step,
             state,
+            before: None,
         };
         checkpoint.save(&job.checkpoint)?;
         return Err(Error::Interrupted {

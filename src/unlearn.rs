@@ -481,7 +481,9 @@ pub fn unlearn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
         let mut trainer = Trainer::new(engine, checkpoint.pairs)?;
         trainer.moments = checkpoint.moments;
         trainer.step = checkpoint.step;
-        (trainer, checkpoint.state)
+        let mut state = checkpoint.state;
+        state.fit.before = checkpoint.before;
+        (trainer, state)
     } else {
         let subspaces = subspaces(
             open,
@@ -538,6 +540,7 @@ pub fn unlearn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
             pairs: trainer.pairs,
             moments: trainer.moments,
             step: trainer.step,
+            before: state.fit.before.take(),
             state,
         };
         checkpoint.save(&job.checkpoint)?;

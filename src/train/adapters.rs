@@ -167,6 +167,16 @@ impl Pairs {
         self.list.iter().flat_map(|p| [&p.a, &p.b])
     }
 
+    /// Parameters at which the net update is zero, in the tape's order: where RILA began; for
+    /// plain LoRA the A of now and B = 0.
+    pub fn start(&self) -> Vec<Vec<f32>> {
+        let pair = |p: &Pair| match &p.initial {
+            Some((a0, b0)) => [a0.clone(), b0.clone()],
+            None => [p.a.clone(), vec![0.0; p.b.len()]],
+        };
+        self.list.iter().flat_map(pair).collect()
+    }
+
     /// Keep every B in the complement of its P.
     ///
     /// # Errors

@@ -18,6 +18,8 @@ const KIND: &str = "nepenthe.checkpoint";
 const FORMAT: u32 = 1;
 /// What is stored per pair, with its suffix.
 const PARTS: [&str; 9] = ["a", "b", "a0", "b0", "basis", "m.a", "v.a", "m.b", "v.b"];
+/// The same for [`Checkpoint::before`].
+const BEFORE: [&str; 2] = ["before.a", "before.b"];
 
 /// Why a checkpoint is refused.
 #[allow(missing_docs, reason = "the messages say what each field holds")]
@@ -67,6 +69,8 @@ pub struct Checkpoint<S> {
     pub step: u64,
     /// State of the loop.
     pub state: S,
+    /// Earlier parameters the loop may go back to, in the tape's order.
+    pub before: Option<Vec<Vec<f32>>>,
 }
 
 impl<S: Serialize + DeserializeOwned> Checkpoint<S> {
@@ -87,7 +91,12 @@ impl<S: Serialize + DeserializeOwned> Checkpoint<S> {
         meta.set("nepenthe.checkpoint.tensor", pairs.iter().map(|p| p.tensor.name.clone()).collect::<Vec<_>>());
         meta.set("nepenthe.checkpoint.rank", pairs.iter().map(|p| p.rank as u32).collect::<Vec<_>>());
         let mut file = GgufWriter::new(path, meta);
-        for (p, m) in pairs.iter().zip(self.moments.chunks_exact(2)) {
+        for (i, (p, m)) in pairs.iter().zip(self.moments.chunks_exact(2)).enumerate() {
+            let before = self.before.as_ref().map_or(&[][..], |b| &b[2 * i..2 * i + 2]);
+            for (name, values) in BEFORE.iter().zip(before) {
+                let name = format!("{}.{name}", p.tensor.name);
+                file.tensor_from_bytes(&name, &[values.len() as u64], GgmlType::F32, bytemuck::cast_slice(values))?;
+            }
             let (a0, b0): (&[f32], &[f32]) = p.initial.as_ref().map_or((&[], &[]), |(a, b)| (a, b));
             let parts: [&[f32]; 9] = [&p.a, &p.b, a0, b0, &p.basis, &m[0].m, &m[0].v, &m[1].m, &m[1].v];
             for (name, values) in PARTS.iter().zip(parts) {
@@ -125,7 +134,7 @@ impl<S: Serialize + DeserializeOwned> Checkpoint<S> {
         if names.len() != ranks.len() {
             return Err(content(path, "key", "nepenthe.checkpoint.rank", names.len(), ranks.len()));
         }
-        let (mut list, mut moments) = (Vec::new(), Vec::new());
+        let (mut list, mut moments, mut before) = (Vec::new(), Vec::new(), Vec::new());
         for (name, rank) in names.iter().zip(ranks) {
             let Some(index) = adaptable.iter().position(|t| t.name == *name) else {
                 return Err(content(path, "tensor", name, "an adaptable tensor of the model", "none"));
@@ -152,6 +161,10 @@ impl<S: Serialize + DeserializeOwned> Checkpoint<S> {
                     v: part(&format!("v.{suffix}"), n)?,
                 });
             }
+            if gguf.tensor(&format!("{name}.{}", BEFORE[0])).is_some() {
+                before.push(part(BEFORE[0], n_a)?);
+                before.push(part(BEFORE[1], n_b)?);
+            }
             list.push(Pair {
                 index,
                 rank,
@@ -162,6 +175,7 @@ impl<S: Serialize + DeserializeOwned> Checkpoint<S> {
                 tensor,
             });
         }
+        let moments_len = moments.len();
         Ok(Self {
             identity: found,
             pairs: Pairs {
@@ -171,6 +185,7 @@ impl<S: Serialize + DeserializeOwned> Checkpoint<S> {
             moments,
             step: meta.get("nepenthe.checkpoint.step")?,
             state: read_json(path, meta, "nepenthe.checkpoint.state")?,
+            before: (!before.is_empty() && before.len() == moments_len).then_some(before),
         })
     }
 }

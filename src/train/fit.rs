@@ -3,8 +3,10 @@
 //! Two schedules. With a fixed number of steps, the reference's: warm-up, then linear decay to
 //! zero. By default, until the unseen level: the learning rate stays up while forget samples
 //! are drawn only from those whose own answer NLL is still below the level (a sample that has
-//! been forgotten is pushed no further: over-forgetting shows); once hardly any are left, the
-//! rate decays linearly over the `settle` steps, in which the retain set recovers.
+//! been forgotten is pushed no further: over-forgetting shows). Once the mean has reached the
+//! level, the rate decays linearly over the `settle` steps, in which the retain set recovers and
+//! only samples that fall far back are pushed again. When a check finds the mean well past the
+//! level, the parameters go back along the line to the last check until it is near.
 
 use super::adamw::linear_schedule;
 use super::config::{StopConfig, TrainConfig};
@@ -18,6 +20,12 @@ use std::time::Instant;
 
 /// Share of forget samples that may stay below the level when it counts as reached.
 const LEFT_OVER: f64 = 0.1;
+/// Past this multiple of the level parameters are taken back.
+const TOO_FAR: f64 = 1.2;
+/// Halvings of the way back.
+const HALVINGS: usize = 6;
+/// While settling, samples below this share of the level are pushed again.
+const FALLEN_BACK: f64 = 0.6;
 /// Most warm-up steps by default.
 const MAX_WARMUP: usize = 10;
 
@@ -57,6 +65,9 @@ pub struct FitState {
     pub checks: Vec<Check>,
     forget: Order,
     retain: Order,
+    /// Parameters at the last check below the level, in the tape's order.
+    #[serde(skip)]
+    pub before: Option<Vec<Vec<f32>>>,
 }
 
 impl FitState {
@@ -69,6 +80,7 @@ impl FitState {
             checks: Vec::new(),
             forget: Order::new(config.seed, 2, n_forget),
             retain: Order::new(config.seed, 3, n_retain),
+            before: None,
         }
     }
 }
@@ -154,15 +166,33 @@ pub fn fit(
                 (linear_schedule(config.lr, step, warmup, total), total)
             }
             Until::Level(level) => {
-                let due = step.is_multiple_of(stop.check_every);
+                let near = state.checks.last().is_some_and(|c| c.nll > level / 2.0);
+                let every = if near { stop.check_every.div_ceil(2) } else { stop.check_every };
+                let due = step.is_multiple_of(every);
                 let last = state.settled_at.map(|s| s as usize + stop.settle);
                 let done = last == Some(step);
                 if (due || done || step == stop.max_steps) && state.checks.last().is_none_or(|c| c.step < trainer.step) {
-                    let check = check(trainer, stop, state, forget, level)?;
-                    watch.seen(&Event::Check(check));
-                    if check.below <= LEFT_OVER && state.settled_at.is_none() {
-                        state.settled_at = Some(trainer.step);
+                    let mut check = check(trainer, stop, state, forget, level)?;
+                    if state.settled_at.is_none() {
+                        if check.nll > TOO_FAR * level
+                            && let Some(before) = state.before.take()
+                        {
+                            check = take_back(trainer, stop, state, forget, &before, level)?;
+                        }
+                        if check.nll >= level || check.below <= LEFT_OVER {
+                            state.settled_at = Some(trainer.step);
+                            state.before = None;
+                        } else {
+                            state.before = Some(trainer.pairs.params().cloned().collect());
+                        }
                     }
+                    if done && check.nll > TOO_FAR * level {
+                        // Settling may carry the forget set on: then the whole update shrinks.
+                        let start = trainer.pairs.start();
+                        check = take_back(trainer, stop, state, forget, &start, level)?;
+                    }
+                    state.checks.push(check);
+                    watch.seen(&Event::Check(check));
                 }
                 if done {
                     return Ok(Ended::Unseen);
@@ -211,6 +241,7 @@ fn draw<'a>(
         Until::Steps(_) => state.forget.take(n.min(forget.len())),
         Until::Level(level) => {
             let nll = &state.nll;
+            let level = if state.settled_at.is_some() { FALLEN_BACK * level } else { level };
             state.forget.take_where(n, |i| nll[i] < level)
         }
     };
@@ -240,12 +271,45 @@ fn check(
         state.nll[i] = l.per_token();
     }
     let below = losses.iter().filter(|l| l.per_token() < level).count() as f64 / n as f64;
-    let check = Check {
+    Ok(Check {
         step: trainer.step,
         nll: mean_nll(&losses),
         prob: mean_prob(&losses),
         below,
-    };
-    state.checks.push(check);
-    Ok(check)
+    })
+}
+
+/// Put the parameters on the line from `before` to now, as near to the level as a few
+/// halvings come.
+fn take_back(
+    trainer: &mut Trainer<'_>,
+    stop: &StopConfig,
+    state: &mut FitState,
+    forget: &[Sample],
+    before: &[Vec<f32>],
+    level: f64,
+) -> Result<Check, Error> {
+    let after: Vec<Vec<f32>> = trainer.pairs.params().cloned().collect();
+    let (mut low, mut high) = (0f32, 1f32);
+    let mut halvings = 0;
+    loop {
+        let at = (low + high) / 2.0;
+        for ((x, b), a) in trainer.pairs.params_mut().zip(before).zip(&after) {
+            for ((x, b), a) in x.iter_mut().zip(b).zip(a) {
+                *x = b + at * (a - b);
+            }
+        }
+        trainer.refresh()?;
+        let now = check(trainer, stop, state, forget, level)?;
+        halvings += 1;
+        if now.nll < level {
+            low = at;
+        } else {
+            high = at;
+        }
+        let near = now.nll >= level && now.nll <= TOO_FAR * level;
+        if near || halvings == HALVINGS {
+            return Ok(now);
+        }
+    }
 }
