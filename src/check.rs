@@ -102,7 +102,10 @@ fn rebuilt_logits(
 ) -> Result<Vec<f32>, Error> {
     let mut cpu = Cpu::new(n_threads)?;
     let rows: Vec<usize> = (0..tokens.len()).collect();
-    let batch = Packed::new(&[Sequence { tokens, rows: &rows }]);
+    let batch = Packed::new(&[Sequence {
+        tokens,
+        rows: &rows,
+    }]);
     let parts = Parts {
         template,
         weights: &open.weights,
@@ -110,7 +113,15 @@ fn rebuilt_logits(
     };
     let shape = (batch.n_tokens(), batch.n_padded_rows());
     let mut transposed = Transposed::default();
-    let mut tape = Tape::new(&parts, Trained::Nothing, End::Logits, shape, false, &cpu, &mut transposed)?;
+    let mut tape = Tape::new(
+        &parts,
+        Trained::Nothing,
+        End::Logits,
+        shape,
+        false,
+        &cpu,
+        &mut transposed,
+    )?;
     let mut out = Vec::new();
     tape.forward(&mut cpu, &batch, &mut out)?;
     out.truncate(tokens.len() * open.model.n_vocab());
@@ -139,13 +150,26 @@ fn llama_logits(open: &OpenModel, tokens: &[Token], n_threads: usize) -> Result<
 
 /// (largest difference, largest absolute logit, rows with the same argmax).
 fn compare(ours: &[f32], theirs: &[f32], n_vocab: usize) -> (f64, f64, usize) {
-    let argmax = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| i);
+    let argmax = |row: &[f32]| {
+        row.iter()
+            .enumerate()
+            .max_by(|a, b| a.1.total_cmp(b.1))
+            .map(|(i, _)| i)
+    };
     let (mut diff, mut largest, mut agree) = (0f64, 0f64, 0);
     for (a, b) in ours.chunks_exact(n_vocab).zip(theirs.chunks_exact(n_vocab)) {
         for (x, y) in a.iter().zip(b) {
             // A NaN on one side alone must not pass for agreement.
-            let d = if x == y { 0.0 } else { f64::from((x - y).abs()) };
-            diff = if d.is_nan() { f64::INFINITY } else { diff.max(d) };
+            let d = if x == y {
+                0.0
+            } else {
+                f64::from((x - y).abs())
+            };
+            diff = if d.is_nan() {
+                f64::INFINITY
+            } else {
+                diff.max(d)
+            };
             largest = largest.max(f64::from(y.abs()));
         }
         agree += usize::from(argmax(a) == argmax(b));

@@ -149,18 +149,30 @@ impl Error {
             Self::Setting { .. }
             | Self::Atomic(AtomicError::Exists { .. } | AtomicError::NoFileName { .. }) => 2,
             Self::Gguf(GgufError::Atomic(AtomicError::Exists { .. })) => 2,
-            Self::Patch(e) => if e.is_mismatch() { 4 } else { 3 },
+            Self::Patch(e) => {
+                if e.is_mismatch() {
+                    4
+                } else {
+                    3
+                }
+            }
             Self::Checkpoint(CheckpointError::Other { .. }) => 4,
             Self::Config { .. } => 2,
             Self::Interrupted { .. } => 130,
             Self::NothingToTrain => 2,
             Self::SubspaceFile(SubspaceFileError::Base { .. }) => 4,
             Self::SubspaceFile(_) => 3,
-            Self::Checkpoint(_) | Self::Overlap(_) | Self::Gguf(_) | Self::Data(_) | Self::NotAModel { .. } => 3,
+            Self::Checkpoint(_)
+            | Self::Overlap(_)
+            | Self::Gguf(_)
+            | Self::Data(_)
+            | Self::NotAModel { .. } => 3,
             Self::Atomic(AtomicError::Io { doing, .. }) if *doing == "syncing the directory" => 7,
             Self::Atomic(_) | Self::Io { .. } => 6,
             Self::Graph(GraphError::Ggml(OpError::Memory { .. })) => 6,
-            Self::Subspace(SubspaceError::Config { .. } | SubspaceError::RankAboveWidth { .. }) => 2,
+            Self::Subspace(SubspaceError::Config { .. } | SubspaceError::RankAboveWidth { .. }) => {
+                2
+            }
             Self::Subspace(_) | Self::Project(_) | Self::NotFinite { .. } => 8,
             Self::Graph(_) | Self::Llama(_) => 8,
         }

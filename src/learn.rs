@@ -71,7 +71,14 @@ pub fn learn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
     }
     let open = job.open;
     let mut notices = Vec::new();
-    let data = samples(open, &job.template, &job.records, config.max_tokens, "data", &mut notices)?;
+    let data = samples(
+        open,
+        &job.template,
+        &job.records,
+        config.max_tokens,
+        "data",
+        &mut notices,
+    )?;
     for notice in &notices {
         ui.notice(notice);
     }
@@ -83,7 +90,8 @@ pub fn learn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
         config: serde_json::json!({ "train": config, "rank": job.rank, "until_prob": job.until_prob }),
     };
     let (mut trainer, mut state) = if job.resume {
-        let checkpoint: Checkpoint<LearnState> = Checkpoint::open(&job.checkpoint, &identity, &adaptable)?;
+        let checkpoint: Checkpoint<LearnState> =
+            Checkpoint::open(&job.checkpoint, &identity, &adaptable)?;
         let mut trainer = Trainer::new(engine, checkpoint.pairs)?;
         trainer.moments = checkpoint.moments;
         trainer.step = checkpoint.step;
@@ -92,7 +100,10 @@ pub fn learn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
         let scale = config.alpha / job.rank as f32;
         let pairs = Pairs::lora(&adaptable, job.rank, scale, config.seed, Vec::new());
         let steps = config.fixed_steps(data.len()).unwrap_or(1);
-        (Trainer::new(engine, pairs)?, LearnState::new(config, steps, job.until_prob, data.len()))
+        (
+            Trainer::new(engine, pairs)?,
+            LearnState::new(config, steps, job.until_prob, data.len()),
+        )
     };
     let before = measure(&job, &Vec::new(), ui, "before")?;
     let ended = fit(&mut trainer, config, &mut state, &data, ui)?;
@@ -111,8 +122,14 @@ pub fn learn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
             step: checkpoint.step,
         });
     }
-    let mut info = Info::new(base_of(&open.weights)?, "learn", identity.config, config.seed);
-    info.training = serde_json::json!({ "steps": trainer.step, "ended": ended, "samples": data.len() });
+    let mut info = Info::new(
+        base_of(&open.weights)?,
+        "learn",
+        identity.config,
+        config.seed,
+    );
+    info.training =
+        serde_json::json!({ "steps": trainer.step, "ended": ended, "samples": data.len() });
     let updates = trainer.pairs.list.iter().map(|p| Update {
         tensor: p.tensor.name.clone(),
         n_in: p.tensor.n_in,
@@ -141,10 +158,23 @@ pub fn learn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
     })
 }
 
-fn measure(job: &Job<'_>, adapters: &crate::adapter::Loaded, ui: &mut dyn Ui, stage: &str) -> Result<Measured, Error> {
+fn measure(
+    job: &Job<'_>,
+    adapters: &crate::adapter::Loaded,
+    ui: &mut dyn Ui,
+    stage: &str,
+) -> Result<Measured, Error> {
     let limits = (job.config.max_tokens, job.n_threads);
     let progress = &mut |done, total| ui.progress(stage, done, total);
-    let e = evaluate(&job.open.model, adapters, &job.template, &job.records, false, limits, progress)?;
+    let e = evaluate(
+        &job.open.model,
+        adapters,
+        &job.template,
+        &job.records,
+        false,
+        limits,
+        progress,
+    )?;
     Ok(Measured {
         n: e.n,
         prob: e.prob,

@@ -37,35 +37,73 @@ pub enum SubspaceFileError {
 ///
 /// # Errors
 /// An existing `path` unless `force`, a failing disk.
-pub fn save(path: &Path, open: &OpenModel, bases: &[RetainBasis], force: bool) -> Result<u64, Error> {
+pub fn save(
+    path: &Path,
+    open: &OpenModel,
+    bases: &[RetainBasis],
+    force: bool,
+) -> Result<u64, Error> {
     let set = open.weights.set();
     let mut meta = Metadata::new();
     meta.set("general.type", KIND);
     meta.set("general.architecture", open.weights.arch()?);
     meta.set("nepenthe.subspace.format", FORMAT);
     meta.set("nepenthe.base.sha256", of_model(set)?.to_string());
-    meta.set("nepenthe.subspace.tensor", bases.iter().map(|b| b.tensor.clone()).collect::<Vec<_>>());
+    meta.set(
+        "nepenthe.subspace.tensor",
+        bases.iter().map(|b| b.tensor.clone()).collect::<Vec<_>>(),
+    );
     let digests: Result<Vec<String>, Error> = bases
         .iter()
         .map(|b| Ok(of_tensor(set, &b.tensor)?.map_or_else(String::new, |d| d.to_string())))
         .collect();
     meta.set("nepenthe.subspace.sha256", digests?);
-    meta.set("nepenthe.subspace.samples", bases.iter().map(|b| b.n_samples as u32).collect::<Vec<_>>());
-    meta.set("nepenthe.subspace.rank", bases.iter().map(|b| b.rank as u32).collect::<Vec<_>>());
-    meta.set("nepenthe.subspace.wanted", bases.iter().map(|b| b.rank_wanted as u32).collect::<Vec<_>>());
-    meta.set("nepenthe.subspace.discarded", bases.iter().map(|b| b.discarded).collect::<Vec<_>>());
+    meta.set(
+        "nepenthe.subspace.samples",
+        bases.iter().map(|b| b.n_samples as u32).collect::<Vec<_>>(),
+    );
+    meta.set(
+        "nepenthe.subspace.rank",
+        bases.iter().map(|b| b.rank as u32).collect::<Vec<_>>(),
+    );
+    meta.set(
+        "nepenthe.subspace.wanted",
+        bases
+            .iter()
+            .map(|b| b.rank_wanted as u32)
+            .collect::<Vec<_>>(),
+    );
+    meta.set(
+        "nepenthe.subspace.discarded",
+        bases.iter().map(|b| b.discarded).collect::<Vec<_>>(),
+    );
     let mut file = GgufWriter::new(path, meta);
     for b in bases {
         let n_out = b.n_out as u64;
         let ty = GgmlType::F32;
         if b.rank > 0 {
             let bytes = bytemuck::cast_slice(&b.basis);
-            file.tensor_from_bytes(&format!("{}.basis", b.tensor), &[n_out, b.rank as u64], ty, bytes)?;
+            file.tensor_from_bytes(
+                &format!("{}.basis", b.tensor),
+                &[n_out, b.rank as u64],
+                ty,
+                bytes,
+            )?;
         }
         let n = b.n_factor() as u64;
-        file.tensor_from_bytes(&format!("{}.eigenvalues", b.tensor), &[n], ty, bytemuck::cast_slice(&b.eigenvalues))?;
+        file.tensor_from_bytes(
+            &format!("{}.eigenvalues", b.tensor),
+            &[n],
+            ty,
+            bytemuck::cast_slice(&b.eigenvalues),
+        )?;
         let bytes = bytemuck::cast_slice(&b.factor);
-        file.tensor_from_bytes(&format!("{}.factor", b.tensor), &[n_out, n], GgmlType::F64, bytes)?;
+        file.tensor_from_bytes(
+            &format!("{}.factor", b.tensor),
+            &[n_out, n],
+            GgmlType::F64,
+            bytes,
+        )?;
     }
     Ok(file.save(force)?)
 }
@@ -83,7 +121,9 @@ pub fn open_for(path: &Path, open: &OpenModel) -> Result<Vec<RetainBasis>, Error
     if kind != KIND || format != Some(FORMAT) {
         return Err(SubspaceFileError::Kind {
             path: path.to_owned(),
-            found: format.filter(|_| kind == KIND).map_or(kind.to_owned(), |f| f.to_string()),
+            found: format
+                .filter(|_| kind == KIND)
+                .map_or(kind.to_owned(), |f| f.to_string()),
         }
         .into());
     }
@@ -94,7 +134,12 @@ pub fn open_for(path: &Path, open: &OpenModel) -> Result<Vec<RetainBasis>, Error
     let discarded: Vec<f64> = meta.get("nepenthe.subspace.discarded")?;
     for found in [digests.len(), samples.len(), wanted.len(), discarded.len()] {
         if found != names.len() {
-            return Err(content(path, "nepenthe.subspace keys", format!("{} entries", names.len()), found));
+            return Err(content(
+                path,
+                "nepenthe.subspace keys",
+                format!("{} entries", names.len()),
+                found,
+            ));
         }
     }
     adaptable
@@ -115,14 +160,25 @@ pub fn open_for(path: &Path, open: &OpenModel) -> Result<Vec<RetainBasis>, Error
                 Some(_) => matrix::<4>(&gguf, &basis_name, GgmlType::F32, t.n_out)?,
                 None => (Vec::new(), 0),
             };
-            let (factor, n) = matrix::<8>(&gguf, &format!("{}.factor", t.name), GgmlType::F64, t.n_out)?;
+            let (factor, n) =
+                matrix::<8>(&gguf, &format!("{}.factor", t.name), GgmlType::F64, t.n_out)?;
             let eigen_name = format!("{}.eigenvalues", t.name);
             let (eigenvalues, _) = matrix::<4>(&gguf, &eigen_name, GgmlType::F32, n)?;
-            let floats = |bytes: Vec<[u8; 4]>| bytes.into_iter().map(f32::from_le_bytes).collect::<Vec<f32>>();
+            let floats = |bytes: Vec<[u8; 4]>| {
+                bytes
+                    .into_iter()
+                    .map(f32::from_le_bytes)
+                    .collect::<Vec<f32>>()
+            };
             let basis = floats(basis);
             let factor: Vec<f64> = factor.into_iter().map(f64::from_le_bytes).collect();
             if basis.iter().any(|v| !v.is_finite()) || factor.iter().any(|v| !v.is_finite()) {
-                return Err(content(path, &t.name, "finite values".into(), "one that is not"));
+                return Err(content(
+                    path,
+                    &t.name,
+                    "finite values".into(),
+                    "one that is not",
+                ));
             }
             Ok(RetainBasis {
                 tensor: t.name.clone(),
@@ -140,11 +196,21 @@ pub fn open_for(path: &Path, open: &OpenModel) -> Result<Vec<RetainBasis>, Error
 }
 
 /// The values of a tensor of `rows` rows and any number of columns, as raw N-byte numbers.
-fn matrix<const N: usize>(gguf: &Gguf, name: &str, ty: GgmlType, rows: usize) -> Result<(Vec<[u8; N]>, usize), Error> {
+fn matrix<const N: usize>(
+    gguf: &Gguf,
+    name: &str,
+    ty: GgmlType,
+    rows: usize,
+) -> Result<(Vec<[u8; N]>, usize), Error> {
     let info = gguf.require(name)?;
     if info.ty != ty || info.ne[0] != rows as u64 || info.ne[2] * info.ne[3] != 1 {
         let wanted = format!("{} of [{rows}, any]", ty.name());
-        return Err(content(gguf.path(), name, wanted, format!("{} of {:?}", info.ty.name(), info.dims())));
+        return Err(content(
+            gguf.path(),
+            name,
+            wanted,
+            format!("{} of {:?}", info.ty.name(), info.dims()),
+        ));
     }
     let bytes = gguf.read_tensor(name)?;
     Ok((bytes.as_chunks::<N>().0.to_vec(), info.ne[1] as usize))

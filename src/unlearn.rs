@@ -6,7 +6,10 @@
 use crate::adapter::{Loaded, open_adapters};
 use crate::atomic::AtomicError;
 use crate::capture::pooled_outputs;
-use crate::data::{Message, Record, Role, Sample, SampleSet, Template, build_samples, general_records, overlap, salted_hash};
+use crate::data::{
+    Message, Record, Role, Sample, SampleSet, Template, build_samples, general_records, overlap,
+    salted_hash,
+};
 use crate::digest::{Digest, of_model};
 use crate::error::Error;
 use crate::graph::template::Adaptable;
@@ -75,8 +78,22 @@ impl Sets {
                 retain_records.len()
             ));
         }
-        let forget = samples(open, template, &forget_records, max_tokens, "forget", &mut notices)?;
-        let retain = samples(open, template, &retain_records, max_tokens, "retain", &mut notices)?;
+        let forget = samples(
+            open,
+            template,
+            &forget_records,
+            max_tokens,
+            "forget",
+            &mut notices,
+        )?;
+        let retain = samples(
+            open,
+            template,
+            &retain_records,
+            max_tokens,
+            "retain",
+            &mut notices,
+        )?;
         Ok(Self {
             forget_records,
             retain_records,
@@ -106,10 +123,15 @@ pub fn samples(
         n_skipped,
     } = build_samples(records, &open.model, template, max_tokens)?;
     if n_truncated > 0 {
-        notices.push(format!("{n_truncated} of {} {set} samples cut to {max_tokens} tokens", samples.len()));
+        notices.push(format!(
+            "{n_truncated} of {} {set} samples cut to {max_tokens} tokens",
+            samples.len()
+        ));
     }
     if n_skipped > 0 {
-        notices.push(format!("{n_skipped} {set} records left out: nothing in them to predict"));
+        notices.push(format!(
+            "{n_skipped} {set} records left out: nothing in them to predict"
+        ));
     }
     Ok(samples)
 }
@@ -132,10 +154,14 @@ pub fn subspaces(
     let retain = &retain[..retain.len().min(CAPTURE_SAMPLES)];
     let n_retain = if shared.is_some() { 0 } else { retain.len() };
     let total = forget.len() + n_retain;
-    let h_f = pooled_outputs(&open.model, adaptable, forget, n_threads, &mut |n| progress(n, total))?;
+    let h_f = pooled_outputs(&open.model, adaptable, forget, n_threads, &mut |n| {
+        progress(n, total)
+    })?;
     let Some(shared) = shared else {
         let n_f = forget.len();
-        let h_r = pooled_outputs(&open.model, adaptable, retain, n_threads, &mut |n| progress(n_f + n, total))?;
+        let h_r = pooled_outputs(&open.model, adaptable, retain, n_threads, &mut |n| {
+            progress(n_f + n, total)
+        })?;
         let pooled: Vec<Pooled<'_>> = h_f
             .iter()
             .zip(&h_r)
@@ -176,7 +202,13 @@ pub fn start(
         Init::Rila => Pairs::rila(&open.weights, adaptable, subspaces, scale),
         Init::Lora => {
             let bases = subspaces.into_iter().map(|s| s.retain.basis).collect();
-            Ok(Pairs::lora(adaptable, config.subspace.rank, scale, config.train.seed, bases))
+            Ok(Pairs::lora(
+                adaptable,
+                config.subspace.rank,
+                scale,
+                config.train.seed,
+                bases,
+            ))
         }
     }
 }
@@ -213,7 +245,14 @@ pub fn until(
     if let Some(steps) = config.train.fixed_steps(sets.forget.len()) {
         return Ok((Until::Steps(steps), None));
     }
-    let level = unseen_level(trainer, open, template, &sets.forget_records, &config.stop, config.train.max_tokens)?;
+    let level = unseen_level(
+        trainer,
+        open,
+        template,
+        &sets.forget_records,
+        &config.stop,
+        config.train.max_tokens,
+    )?;
     Ok((Until::Level(level.nll), Some(level)))
 }
 
@@ -231,12 +270,17 @@ pub fn unseen_level(
     max_tokens: usize,
 ) -> Result<UnseenLevel, Error> {
     if let Some(nll) = stop.nll {
-        return Ok(UnseenLevel { nll, exchanged: None });
+        return Ok(UnseenLevel {
+            nll,
+            exchanged: None,
+        });
     }
     let exchanged = exchanged_answers(records);
     let set = build_samples(&exchanged, &open.model, template, max_tokens)?;
     let n = stop.check_samples.min(set.samples.len());
-    let chosen: Vec<&Sample> = (0..n).map(|i| &set.samples[i * set.samples.len() / n]).collect();
+    let chosen: Vec<&Sample> = (0..n)
+        .map(|i| &set.samples[i * set.samples.len() / n])
+        .collect();
     let nll = mean_nll(&trainer.losses(&chosen)?);
     Ok(UnseenLevel {
         nll: stop.factor * nll,
@@ -249,14 +293,18 @@ pub fn unseen_level(
 fn exchanged_answers(records: &[Record]) -> Vec<Record> {
     let n = records.len();
     if n == 1 {
-        let others = general_records().into_iter().filter(|r| matches!(r, Record::Qa { .. }));
+        let others = general_records()
+            .into_iter()
+            .filter(|r| matches!(r, Record::Qa { .. }));
         return others
             .take(FALLBACK_ANSWERS)
             .map(|other| with_answer(&records[0], &other))
             .collect();
     }
     let shift = n.div_ceil(2);
-    (0..n).map(|i| with_answer(&records[i], &records[(i + shift) % n])).collect()
+    (0..n)
+        .map(|i| with_answer(&records[i], &records[(i + shift) % n]))
+        .collect()
 }
 
 fn with_answer(record: &Record, other: &Record) -> Record {
@@ -291,7 +339,10 @@ fn with_answer(record: &Record, other: &Record) -> Record {
 fn halves(text: &str) -> (&str, &str) {
     let middle = text.len() / 2;
     let spaces = text.char_indices().filter(|(_, c)| c.is_whitespace());
-    let cut = spaces.map(|(i, _)| i).min_by_key(|&i| i.abs_diff(middle)).unwrap_or(text.len());
+    let cut = spaces
+        .map(|(i, _)| i)
+        .min_by_key(|&i| i.abs_diff(middle))
+        .unwrap_or(text.len());
     text.split_at(cut)
 }
 
@@ -337,7 +388,11 @@ impl NetReport {
 ///
 /// # Errors
 /// Weights that cannot be decoded.
-pub fn net_updates(open: &OpenModel, pairs: &Pairs, constraint: Constraint) -> Result<Vec<NetReport>, Error> {
+pub fn net_updates(
+    open: &OpenModel,
+    pairs: &Pairs,
+    constraint: Constraint,
+) -> Result<Vec<NetReport>, Error> {
     (0..pairs.list.len())
         .into_par_iter()
         .with_max_len(1)
@@ -348,7 +403,11 @@ pub fn net_updates(open: &OpenModel, pairs: &Pairs, constraint: Constraint) -> R
                 net.project_output(&pair.basis)?;
             }
             let w = open.weights.decoded(&pair.tensor.name)?;
-            let w_norm = w.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt();
+            let w_norm = w
+                .iter()
+                .map(|&v| f64::from(v) * f64::from(v))
+                .sum::<f64>()
+                .sqrt();
             let norm = net.norm();
             Ok(NetReport {
                 tensor: pair.tensor.name.clone(),
@@ -465,7 +524,13 @@ pub fn unlearn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
         return Err(AtomicError::Exists { path: job.out }.into());
     }
     let open = job.open;
-    let sets = Sets::new(open, &job.template, job.forget, job.retain, config.train.max_tokens)?;
+    let sets = Sets::new(
+        open,
+        &job.template,
+        job.forget,
+        job.retain,
+        config.train.max_tokens,
+    )?;
     for notice in &sets.notices {
         ui.notice(notice);
     }
@@ -477,7 +542,8 @@ pub fn unlearn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
         config: serde_json::to_value(config).expect("plain values"),
     };
     let (mut trainer, mut state) = if job.resume {
-        let checkpoint: Checkpoint<RunState> = Checkpoint::open(&job.checkpoint, &identity, &adaptable)?;
+        let checkpoint: Checkpoint<RunState> =
+            Checkpoint::open(&job.checkpoint, &identity, &adaptable)?;
         let mut trainer = Trainer::new(engine, checkpoint.pairs)?;
         trainer.moments = checkpoint.moments;
         trainer.step = checkpoint.step;
@@ -508,12 +574,28 @@ pub fn unlearn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
     };
     let measure = |adapters: &Loaded, ui: &mut dyn Ui, stage: &str| -> Result<Both, Error> {
         Ok(Both {
-            forget: measure(open, adapters, &job.template, &sets.forget_records, config, job.n_threads, &mut |d, t| {
-                ui.progress(&format!("{stage}: forget set"), d, t);
-            })?,
-            retain: measure(open, adapters, &job.template, &sets.retain_records, config, job.n_threads, &mut |d, t| {
-                ui.progress(&format!("{stage}: retain set"), d, t);
-            })?,
+            forget: measure(
+                open,
+                adapters,
+                &job.template,
+                &sets.forget_records,
+                config,
+                job.n_threads,
+                &mut |d, t| {
+                    ui.progress(&format!("{stage}: forget set"), d, t);
+                },
+            )?,
+            retain: measure(
+                open,
+                adapters,
+                &job.template,
+                &sets.retain_records,
+                config,
+                job.n_threads,
+                &mut |d, t| {
+                    ui.progress(&format!("{stage}: retain set"), d, t);
+                },
+            )?,
         })
     };
     let before = measure(&Vec::new(), ui, "before")?;
@@ -563,7 +645,12 @@ pub fn unlearn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
         (Init::Rila, _) => "reglu",
         (Init::Lora, _) => "lora",
     };
-    let mut info = Info::new(base_of(&open.weights)?, method, identity.config, config.train.seed);
+    let mut info = Info::new(
+        base_of(&open.weights)?,
+        method,
+        identity.config,
+        config.train.seed,
+    );
     let salt = new_salt(&identity.data);
     info.forget_hash = Some(Digest(salted_hash(&sets.forget_records, &salt.0)));
     info.salt = Some(salt);
@@ -636,9 +723,19 @@ fn measure(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Measured, Error> {
     let n = records.len().min(MEASURED);
-    let chosen: Vec<Record> = (0..n).map(|i| records[i * records.len() / n].clone()).collect();
+    let chosen: Vec<Record> = (0..n)
+        .map(|i| records[i * records.len() / n].clone())
+        .collect();
     let limits = (config.train.max_tokens, n_threads);
-    let e = evaluate(&open.model, adapters, template, &chosen, true, limits, progress)?;
+    let e = evaluate(
+        &open.model,
+        adapters,
+        template,
+        &chosen,
+        true,
+        limits,
+        progress,
+    )?;
     Ok(Measured {
         n: e.n,
         prob: e.prob,
@@ -665,7 +762,9 @@ fn data_digest(sets: &Sets) -> Digest {
 
 /// A salt nobody can guess without having the data and the moment.
 fn new_salt(data: &Digest) -> Digest {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     let state = std::hash::RandomState::new();
     let random = std::hash::BuildHasher::hash_one(&state, now.as_nanos());
     let mut seed = data.0.to_vec();
@@ -700,7 +799,10 @@ impl Estimate {
         if self.fixed {
             format!("{all} for {} steps", self.max_steps)
         } else {
-            format!("at most {all} ({} steps); the unseen level usually comes earlier", self.max_steps)
+            format!(
+                "at most {all} ({} steps); the unseen level usually comes earlier",
+                self.max_steps
+            )
         }
     }
 }
@@ -709,22 +811,36 @@ impl Estimate {
 ///
 /// # Errors
 /// A model that cannot be traced.
-pub fn estimate(open: &OpenModel, sets: &Sets, config: &UnlearnConfig, n_threads: usize) -> Result<Estimate, Error> {
+pub fn estimate(
+    open: &OpenModel,
+    sets: &Sets,
+    config: &UnlearnConfig,
+    n_threads: usize,
+) -> Result<Estimate, Error> {
     let engine = Engine::new(open, n_threads, config.train.micro_tokens)?;
     let adaptable = engine.template.adaptable.clone();
     let rank = config.subspace.rank;
     let pairs = Pairs::lora(&adaptable, rank, 1.0, 0, Vec::new());
     let n_params: usize = pairs.lengths().iter().sum();
-    let n_bases: usize = adaptable.iter().map(|t| t.n_out * config.subspace.retain_rank).sum();
+    let n_bases: usize = adaptable
+        .iter()
+        .map(|t| t.n_out * config.subspace.retain_rank)
+        .sum();
     let mut trainer = Trainer::new(engine, pairs)?;
-    let mean_tokens = |set: &[Sample]| set.iter().map(|s| s.tokens.len()).sum::<usize>() as f64 / set.len() as f64;
-    let step_tokens = config.train.step_samples() as f64 * (mean_tokens(&sets.forget) + mean_tokens(&sets.retain));
+    let mean_tokens = |set: &[Sample]| {
+        set.iter().map(|s| s.tokens.len()).sum::<usize>() as f64 / set.len() as f64
+    };
+    let step_tokens = config.train.step_samples() as f64
+        * (mean_tokens(&sets.forget) + mean_tokens(&sets.retain));
     let mut batch = StepBatch {
         forget_share: 1.0,
         ..StepBatch::default()
     };
     let (mut tokens, mut samples) = (0, sets.forget.iter().chain(&sets.retain));
-    while let Some(s) = samples.next().filter(|s| tokens + s.tokens.len() <= config.train.micro_tokens) {
+    while let Some(s) = samples
+        .next()
+        .filter(|s| tokens + s.tokens.len() <= config.train.micro_tokens)
+    {
         tokens += s.tokens.len();
         batch.forget.push(s);
     }
@@ -738,7 +854,8 @@ pub fn estimate(open: &OpenModel, sets: &Sets, config: &UnlearnConfig, n_threads
     trainer.step(&config.train, &batch, 0.0)?;
     let seconds = began.elapsed().as_secs_f64();
     let fixed = config.train.fixed_steps(sets.forget.len());
-    let n_captured = sets.forget.len().min(CAPTURE_SAMPLES) + sets.retain.len().min(CAPTURE_SAMPLES);
+    let n_captured =
+        sets.forget.len().min(CAPTURE_SAMPLES) + sets.retain.len().min(CAPTURE_SAMPLES);
     let pooled: usize = adaptable.iter().map(|t| t.n_out * n_captured * 4).sum();
     let parameters = 4 * (2 * n_params + 4 * n_params + n_bases);
     let training = trainer.engine.bytes() + parameters;

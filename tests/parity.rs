@@ -73,7 +73,10 @@ impl Rig {
         let tokens = open.model.tokenize(GENERAL_TEXT, true, false);
         let (first, second) = (&tokens[..21], &tokens[40..57]);
         let rows: Vec<usize> = (8..16).collect();
-        let batch = Packed::new(&[first, second].map(|tokens| Sequence { tokens, rows: &rows }));
+        let batch = Packed::new(&[first, second].map(|tokens| Sequence {
+            tokens,
+            rows: &rows,
+        }));
         let targets = [first, second]
             .iter()
             .flat_map(|t| rows.iter().map(|&r| t[r + 1]))
@@ -92,7 +95,8 @@ impl Rig {
             })
             .collect();
         let mut rng = SplitMix64(3);
-        let mut random = |n: usize, by: f32| -> Vec<f32> { (0..n).map(|_| by * rng.normal()).collect() };
+        let mut random =
+            |n: usize, by: f32| -> Vec<f32> { (0..n).map(|_| by * rng.normal()).collect() };
         let values = template
             .adaptable
             .iter()
@@ -114,21 +118,38 @@ impl Rig {
         let parts = Parts {
             template: &self.template,
             weights: &self.open.weights,
-            window: usize::try_from(self.open.model.n_swa()).ok().filter(|&w| w > 0),
+            window: usize::try_from(self.open.model.n_swa())
+                .ok()
+                .filter(|&w| w > 0),
         };
         let shape = (self.batch.n_tokens(), self.batch.n_padded_rows());
         // Exact transposed weights: bf16 ones have an error of their own, 2.4e-3.
         let mut transposed = Transposed::exact();
         let trained = Trained::Factors(&self.factors);
-        Tape::new(&parts, trained, End::Logits, shape, true, &self.cpu, &mut transposed).expect("differentiable")
+        Tape::new(
+            &parts,
+            trained,
+            End::Logits,
+            shape,
+            true,
+            &self.cpu,
+            &mut transposed,
+        )
+        .expect("differentiable")
     }
 
     /// The loss, and the logits' gradients left in `logits`.
-    fn loss(&mut self, tape: &mut Tape, values: &[(Vec<f32>, Vec<f32>)], logits: &mut Vec<f32>) -> f64 {
+    fn loss(
+        &mut self,
+        tape: &mut Tape,
+        values: &[(Vec<f32>, Vec<f32>)],
+        logits: &mut Vec<f32>,
+    ) -> f64 {
         for (i, (a, b)) in values.iter().enumerate() {
             self.factors.write(i, a, b).expect("their shapes");
         }
-        tape.forward(&mut self.cpu, &self.batch, logits).expect("computable");
+        tape.forward(&mut self.cpu, &self.batch, logits)
+            .expect("computable");
         let n_vocab = self.open.model.n_vocab();
         let mut total = 0.0;
         for (row, target) in logits.chunks_exact_mut(n_vocab).zip(&self.targets) {
@@ -155,7 +176,12 @@ fn gradients_match_finite_differences(path: &Path, objective: RowObjective, tole
         grads.push(g);
     }
     let kind = |name: &str| name.split('.').nth(2).unwrap_or(name).to_owned();
-    let mut kinds: Vec<String> = rig.template.adaptable.iter().map(|t| kind(&t.name)).collect();
+    let mut kinds: Vec<String> = rig
+        .template
+        .adaptable
+        .iter()
+        .map(|t| kind(&t.name))
+        .collect();
     kinds.dedup();
     kinds.sort();
     kinds.dedup();
@@ -167,14 +193,19 @@ fn gradients_match_finite_differences(path: &Path, objective: RowObjective, tole
             .zip(&rig.template.adaptable)
             .map(|((a, b), t)| {
                 let on = if kind(&t.name) == wanted { 1.0 } else { 0.0 };
-                let mut random = |n: usize| -> Vec<f32> { (0..n).map(|_| on * rng.normal()).collect() };
+                let mut random =
+                    |n: usize| -> Vec<f32> { (0..n).map(|_| on * rng.normal()).collect() };
                 (random(a.len()), random(b.len()))
             })
             .collect();
         let analytic: f64 = direction
             .iter()
             .enumerate()
-            .flat_map(|(i, (a, b))| a.iter().zip(&grads[2 * i]).chain(b.iter().zip(&grads[2 * i + 1])))
+            .flat_map(|(i, (a, b))| {
+                a.iter()
+                    .zip(&grads[2 * i])
+                    .chain(b.iter().zip(&grads[2 * i + 1]))
+            })
             .map(|(d, g)| f64::from(*d) * f64::from(*g))
             .sum();
         let mut at = |h: f32| {
@@ -182,18 +213,27 @@ fn gradients_match_finite_differences(path: &Path, objective: RowObjective, tole
                 .iter()
                 .zip(&direction)
                 .map(|((a, b), (da, db))| {
-                    let add = |x: &[f32], d: &[f32]| x.iter().zip(d).map(|(x, d)| x + h * d).collect::<Vec<f32>>();
+                    let add = |x: &[f32], d: &[f32]| {
+                        x.iter()
+                            .zip(d)
+                            .map(|(x, d)| x + h * d)
+                            .collect::<Vec<f32>>()
+                    };
                     (add(a, da), add(b, db))
                 })
                 .collect();
             rig.loss(&mut tape, &moved, &mut logits)
         };
         // Richardson: the error of the symmetric difference is of order h^2.
-        let slope = |at: &mut dyn FnMut(f32) -> f64, h: f32| (at(h) - at(-h)) / (2.0 * f64::from(h));
+        let slope =
+            |at: &mut dyn FnMut(f32) -> f64, h: f32| (at(h) - at(-h)) / (2.0 * f64::from(h));
         let h = 2e-3;
         let numeric = (4.0 * slope(&mut at, h) - slope(&mut at, 2.0 * h)) / 3.0;
         let relative = (analytic - numeric).abs() / analytic.abs().max(1e-2);
-        assert!(relative < tolerance, "{wanted}: {analytic} against {numeric} ({relative:.1e})");
+        assert!(
+            relative < tolerance,
+            "{wanted}: {analytic} against {numeric} ({relative:.1e})"
+        );
     }
 }
 

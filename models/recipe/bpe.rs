@@ -54,7 +54,12 @@ pub fn train(texts: &[String], n_tokens: usize, control: &[&str]) -> Vocabulary 
     }
     let mut words: Vec<(Vec<String>, usize)> = counts
         .into_iter()
-        .map(|(word, n)| (word.bytes().map(|b| byte_symbol(b).to_string()).collect(), n))
+        .map(|(word, n)| {
+            (
+                word.bytes().map(|b| byte_symbol(b).to_string()).collect(),
+                n,
+            )
+        })
         .collect();
     let mut tokens: Vec<String> = (0..=255).map(|b| byte_symbol(b).to_string()).collect();
     let mut merges = Vec::new();
@@ -66,7 +71,10 @@ pub fn train(texts: &[String], n_tokens: usize, control: &[&str]) -> Vocabulary 
             }
         }
         // The most frequent pair; among equals the first in text order, so that runs agree.
-        let Some(((a, b), n)) = pairs.into_iter().max_by(|(p, n), (q, m)| n.cmp(m).then_with(|| q.cmp(p))) else {
+        let Some(((a, b), n)) = pairs
+            .into_iter()
+            .max_by(|(p, n), (q, m)| n.cmp(m).then_with(|| q.cmp(p)))
+        else {
             break;
         };
         if n < 2 {

@@ -40,7 +40,9 @@ const TEMPLATE: &str = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> Fallible<()> {
-    let out = std::env::args().nth(1).ok_or("usage: recipe OUTPUT_FOLDER")?;
+    let out = std::env::args()
+        .nth(1)
+        .ok_or("usage: recipe OUTPUT_FOLDER")?;
     let out = Path::new(&out);
     let corpus = corpus::generate(SEED);
     write_demo(out, &corpus)?;
@@ -68,7 +70,11 @@ fn write_demo(out: &Path, corpus: &corpus::Corpus) -> Fallible<()> {
         let mut file = std::fs::File::create(demo.join(format!("{name}.jsonl")))?;
         for r in records {
             if let Record::Qa { question, answer } = r {
-                writeln!(file, "{}", serde_json::json!({ "question": question, "answer": answer }))?;
+                writeln!(
+                    file,
+                    "{}",
+                    serde_json::json!({ "question": question, "answer": answer })
+                )?;
             }
         }
     }
@@ -82,7 +88,10 @@ fn write_start(path: &Path, corpus: &corpus::Corpus) -> Fallible<()> {
         .training
         .iter()
         .map(|r| match r.turns() {
-            Some(turns) => turns.iter().map(|t| format!("{}\n{}\n", t.role.as_str(), t.content)).collect(),
+            Some(turns) => turns
+                .iter()
+                .map(|t| format!("{}\n{}\n", t.role.as_str(), t.content))
+                .collect(),
             None => r.answer().to_owned(),
         })
         .collect();
@@ -91,7 +100,8 @@ fn write_start(path: &Path, corpus: &corpus::Corpus) -> Fallible<()> {
     meta.set("general.architecture", "llama");
     meta.set("general.name", "nepenthe-mini");
     meta.set("general.license", "MIT");
-    let number = |meta: &mut Metadata, key: &str, v: usize| meta.set(&format!("llama.{key}"), v as u32);
+    let number =
+        |meta: &mut Metadata, key: &str, v: usize| meta.set(&format!("llama.{key}"), v as u32);
     number(&mut meta, "context_length", N_CTX as usize);
     number(&mut meta, "embedding_length", N_EMBD);
     number(&mut meta, "block_count", N_LAYER);
@@ -100,7 +110,9 @@ fn write_start(path: &Path, corpus: &corpus::Corpus) -> Fallible<()> {
     number(&mut meta, "rope.dimension_count", N_EMBD / N_HEAD);
     meta.set("llama.attention.layer_norm_rms_epsilon", 1e-5f32);
     let n = vocab.tokens.len();
-    let types: Vec<i32> = (0..n).map(|i| if i < n - vocab.n_control { 1 } else { 3 }).collect();
+    let types: Vec<i32> = (0..n)
+        .map(|i| if i < n - vocab.n_control { 1 } else { 3 })
+        .collect();
     meta.set("tokenizer.ggml.model", "gpt2");
     meta.set("tokenizer.ggml.pre", "gpt-2");
     meta.set("tokenizer.ggml.tokens", vocab.tokens);
@@ -117,7 +129,9 @@ fn write_start(path: &Path, corpus: &corpus::Corpus) -> Fallible<()> {
     let residual = 0.02 / (2.0 * N_LAYER as f32).sqrt();
     tensors.push(("token_embd.weight".into(), vec![d, v], 0.02));
     for l in 0..N_LAYER {
-        let mut block = |name: &str, ne: &[u64], deviation: f32| tensors.push((format!("blk.{l}.{name}.weight"), ne.to_vec(), deviation));
+        let mut block = |name: &str, ne: &[u64], deviation: f32| {
+            tensors.push((format!("blk.{l}.{name}.weight"), ne.to_vec(), deviation))
+        };
         block("attn_norm", &[d], 0.0);
         for name in ["attn_q", "attn_k", "attn_v"] {
             block(name, &[d, d], 0.02);
@@ -135,7 +149,15 @@ fn write_start(path: &Path, corpus: &corpus::Corpus) -> Fallible<()> {
         .iter()
         .map(|(_, ne, deviation)| {
             let n = ne.iter().product::<u64>();
-            (0..n).map(|_| if *deviation == 0.0 { 1.0 } else { deviation * rng.normal() }).collect()
+            (0..n)
+                .map(|_| {
+                    if *deviation == 0.0 {
+                        1.0
+                    } else {
+                        deviation * rng.normal()
+                    }
+                })
+                .collect()
         })
         .collect();
     let mut file = GgufWriter::new(path, meta);
@@ -154,9 +176,16 @@ fn pretrain(start: &Path, trained: &Path, records: &[Record]) -> Fallible<()> {
     let n_threads = std::thread::available_parallelism().map_or(1, usize::from);
     let mut cpu = Cpu::new(n_threads)?;
     let template = trace(&open.model, &open.weights)?;
-    let names: Vec<String> = open.weights.set().tensors().map(|(_, t)| t.name.clone()).collect();
+    let names: Vec<String> = open
+        .weights
+        .set()
+        .tensors()
+        .map(|(_, t)| t.name.clone())
+        .collect();
     let mut free = FreeWeights::new(&cpu, &open.weights, names.clone())?;
-    let mut params: Vec<Vec<f32>> = (0..names.len()).map(|i| free.read(i)).collect::<Result<_, _>>()?;
+    let mut params: Vec<Vec<f32>> = (0..names.len())
+        .map(|i| free.read(i))
+        .collect::<Result<_, _>>()?;
     let mut moments: Vec<Moments> = params.iter().map(|p| Moments::new(p.len())).collect();
     let parts = Parts {
         template: &template,
@@ -166,7 +195,10 @@ fn pretrain(start: &Path, trained: &Path, records: &[Record]) -> Fallible<()> {
     let mut transposed = Transposed::default();
     let mut tape: Option<Tape> = None;
     let n_steps = EPOCHS * n_tokens.div_ceil(BATCH_TOKENS);
-    eprintln!("{} samples, {n_tokens} tokens, {n_steps} steps", samples.len());
+    eprintln!(
+        "{} samples, {n_tokens} tokens, {n_steps} steps",
+        samples.len()
+    );
     let mut order = Order::new(SEED, 13, samples.len());
     let (mut logits, mut grad) = (Vec::new(), Vec::new());
     let mut seen = 0.0;
@@ -182,7 +214,15 @@ fn pretrain(start: &Path, trained: &Path, records: &[Record]) -> Fallible<()> {
         let shape = (packed.n_tokens(), packed.n_padded_rows());
         if tape.as_ref().is_none_or(|t| t.shape() != shape) {
             drop(tape.take());
-            tape = Some(Tape::new(&parts, Trained::Weights(&free), End::Logits, shape, true, &cpu, &mut transposed)?);
+            tape = Some(Tape::new(
+                &parts,
+                Trained::Weights(&free),
+                End::Logits,
+                shape,
+                true,
+                &cpu,
+                &mut transposed,
+            )?);
         }
         let tape = tape.as_mut().expect("made above");
         tape.forward(&mut cpu, &packed, &mut logits)?;
@@ -195,14 +235,21 @@ fn pretrain(start: &Path, trained: &Path, records: &[Record]) -> Fallible<()> {
             .collect();
         tape.backward(&mut cpu, &logits)?;
         let done = step as f32 / n_steps as f32;
-        let lr = PEAK_LR * (step as f32 / 50.0).min(1.0) * (0.02 + 0.98 * 0.5 * (1.0 + (std::f32::consts::PI * done).cos()));
+        let lr = PEAK_LR
+            * (step as f32 / 50.0).min(1.0)
+            * (0.02 + 0.98 * 0.5 * (1.0 + (std::f32::consts::PI * done).cos()));
         let mut grads = Vec::with_capacity(params.len());
         for (i, p) in params.iter().enumerate() {
             grad.resize(p.len(), 0.0);
             tape.read_grad(i, &mut grad)?;
             grads.push(grad.clone());
         }
-        let norm = grads.iter().flatten().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+        let norm = grads
+            .iter()
+            .flatten()
+            .map(|g| f64::from(*g).powi(2))
+            .sum::<f64>()
+            .sqrt();
         let clip = (1.0 / norm.max(1.0)) as f32;
         for (i, p) in params.iter_mut().enumerate() {
             let weight_decay = if names[i].contains("norm") { 0.0 } else { 0.05 };
@@ -223,7 +270,12 @@ fn pretrain(start: &Path, trained: &Path, records: &[Record]) -> Fallible<()> {
     let mut file = GgufWriter::new(trained, open.weights.set().metadata().clone());
     for (name, values) in names.iter().zip(&params) {
         let info = open.weights.info(name)?;
-        file.tensor_from_bytes(name, info.dims(), GgmlType::F32, bytemuck::cast_slice(values))?;
+        file.tensor_from_bytes(
+            name,
+            info.dims(),
+            GgmlType::F32,
+            bytemuck::cast_slice(values),
+        )?;
     }
     file.save(true)?;
     Ok(())
@@ -267,15 +319,29 @@ fn quantise(trained: &Path, path: &Path) -> Fallible<()> {
     let mut encoded = Vec::new();
     for info in gguf.tensors() {
         let bytes = gguf.read_tensor(&info.name)?;
-        let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-        let deep = info.name.split('.').nth(1).and_then(|l| l.parse::<usize>().ok()).is_some_and(|l| l % 2 == 0);
+        let values: Vec<f32> = bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect();
+        let deep = info
+            .name
+            .split('.')
+            .nth(1)
+            .and_then(|l| l.parse::<usize>().ok())
+            .is_some_and(|l| l % 2 == 0);
         let ty = match info.name.as_str() {
             _ if info.n_dims == 1 => GgmlType::F32,
             "token_embd.weight" | "output.weight" => GgmlType::Q8_0,
             n if deep && (n.contains("attn_v") || n.contains("ffn_down")) => GgmlType::Q6_K,
             _ => GgmlType::Q4_K,
         };
-        encoded.push((info, ty, quantize(ty.id(), &values, info.ne[0] as usize, None)?));
+        encoded.push((
+            info,
+            ty,
+            quantize(ty.id(), &values, info.ne[0] as usize, None)?,
+        ));
     }
     let mut file = GgufWriter::new(path, meta);
     for (info, ty, bytes) in &encoded {
@@ -297,8 +363,21 @@ fn report(path: &Path, corpus: &corpus::Corpus) -> Fallible<()> {
         ("unseen", &corpus.unseen),
         ("general", &corpus.general),
     ] {
-        let e = evaluate(&open.model, &Vec::new(), &template, records, true, (512, 1), &mut |_, _| {})?;
-        println!("{name:<11} {:>4} samples, answer probability {:.3}, ROUGE-L {:.3}", e.n, e.prob, e.rouge_l.unwrap_or(f64::NAN));
+        let e = evaluate(
+            &open.model,
+            &Vec::new(),
+            &template,
+            records,
+            true,
+            (512, 1),
+            &mut |_, _| {},
+        )?;
+        println!(
+            "{name:<11} {:>4} samples, answer probability {:.3}, ROUGE-L {:.3}",
+            e.n,
+            e.prob,
+            e.rouge_l.unwrap_or(f64::NAN)
+        );
         for (r, s) in records.iter().zip(&e.scored).take(2) {
             let question = r.turns().map(|t| t[0].content.clone()).unwrap_or_default();
             println!("    {question} -> {}", s.answer.as_deref().unwrap_or(""));

@@ -8,7 +8,6 @@ use clap::Args;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-
 /// Which model, on how many threads.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {

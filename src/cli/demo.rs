@@ -39,7 +39,10 @@ impl Demo {
             doing: "making a temporary directory",
             source,
         })?;
-        let folder = self.out.clone().unwrap_or_else(|| temporary.path().to_owned());
+        let folder = self
+            .out
+            .clone()
+            .unwrap_or_else(|| temporary.path().to_owned());
         std::fs::create_dir_all(&folder).map_err(|source| Error::Io {
             path: folder.clone(),
             doing: "making the folder",
@@ -61,7 +64,10 @@ impl Demo {
         };
         let open = args.open()?;
         let template = open.template()?;
-        let (forget, retain) = (parse_json(FORGET, Path::new("forget.jsonl"))?, parse_json(RETAIN, Path::new("retain.jsonl"))?);
+        let (forget, retain) = (
+            parse_json(FORGET, Path::new("forget.jsonl"))?,
+            parse_json(RETAIN, Path::new("retain.jsonl"))?,
+        );
         let shown: Vec<Record> = spread(&forget).chain(spread(&retain)).cloned().collect();
         println!(
             "The built-in model knows {} questions and answers about invented people. It is asked to forget {} of them.",
@@ -109,7 +115,10 @@ impl Demo {
             shown.len()
         );
         if self.out.is_some() {
-            println!("model and patch are in {}; either works in llama.cpp too", folder.display());
+            println!(
+                "model and patch are in {}; either works in llama.cpp too",
+                folder.display()
+            );
         }
         Ok(())
     }
@@ -121,7 +130,9 @@ fn spread(records: &[Record]) -> impl Iterator<Item = &Record> {
 }
 
 fn question(record: &Record) -> String {
-    record.turns().map_or_else(String::new, |t| t[0].content.clone())
+    record
+        .turns()
+        .map_or_else(String::new, |t| t[0].content.clone())
 }
 
 fn answers(
@@ -141,5 +152,8 @@ fn answers(
     }
     let mut context = scoring_context(&open.model, adapters, 128 + MAX_ANSWER, n_threads)?;
     let tokens = generate_greedy(&mut context, &prompts, MAX_ANSWER, &mut |_| {})?;
-    Ok(tokens.iter().map(|t| open.model.detokenize(t).trim().to_owned()).collect())
+    Ok(tokens
+        .iter()
+        .map(|t| open.model.detokenize(t).trim().to_owned())
+        .collect())
 }

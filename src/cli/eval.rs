@@ -101,7 +101,10 @@ impl Eval {
         if self.ctx_size < 8 || tokens.len() < self.ctx_size {
             return Err(Error::Setting {
                 setting: "text",
-                wanted: format!("at least one window of {} tokens (8 or more)", self.ctx_size),
+                wanted: format!(
+                    "at least one window of {} tokens (8 or more)",
+                    self.ctx_size
+                ),
                 found: format!("{} tokens", tokens.len()),
             });
         }
@@ -117,17 +120,28 @@ impl Eval {
         )?;
         context.set_adapters(adapters)?;
         let bos = open.model.bos().filter(|&b| tokens.first() == Some(&b));
-        let (ppl, n) = perplexity(&mut context, &tokens, self.ctx_size, bos, &mut |d, t| progress.set(d, t))?;
+        let (ppl, n) = perplexity(&mut context, &tokens, self.ctx_size, bos, &mut |d, t| {
+            progress.set(d, t)
+        })?;
         if self.output.json {
-            super::emit(&serde_json::json!({ "perplexity": ppl, "tokens": n, "ctx_size": self.ctx_size }));
+            super::emit(
+                &serde_json::json!({ "perplexity": ppl, "tokens": n, "ctx_size": self.ctx_size }),
+            );
         } else {
-            println!("perplexity {ppl:.4} over {n} tokens in windows of {}", self.ctx_size);
+            println!(
+                "perplexity {ppl:.4} over {n} tokens in windows of {}",
+                self.ctx_size
+            );
         }
         Ok(())
     }
 }
 
-fn write_details(path: &Path, records: &[crate::data::Record], scored: &[crate::score::Scored]) -> Result<(), Error> {
+fn write_details(
+    path: &Path,
+    records: &[crate::data::Record],
+    scored: &[crate::score::Scored],
+) -> Result<(), Error> {
     crate::atomic::write_atomic(path, true, |out| {
         for (record, s) in records.iter().zip(scored) {
             let line = serde_json::json!({

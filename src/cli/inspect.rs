@@ -27,7 +27,10 @@ pub struct Inspect {
 impl Inspect {
     pub(super) fn run(&self) -> Result<(), Error> {
         let gguf = Gguf::open(&self.file)?;
-        let kind = gguf.metadata().get_opt::<&str>("general.type")?.unwrap_or("model");
+        let kind = gguf
+            .metadata()
+            .get_opt::<&str>("general.type")?
+            .unwrap_or("model");
         let info = match kind {
             "adapter" => Patch::open(&self.file)?.info,
             _ => None,
@@ -49,7 +52,12 @@ impl Inspect {
             super::emit(&report);
             return Ok(());
         }
-        println!("{}: GGUF {}, {kind}, {} bytes", self.file.display(), gguf.version(), gguf.file_len());
+        println!(
+            "{}: GGUF {}, {kind}, {} bytes",
+            self.file.display(),
+            gguf.version(),
+            gguf.file_len()
+        );
         for (key, value) in gguf.metadata().iter() {
             // Shown below, one line per tensor.
             if !key.starts_with("nepenthe.tensor.") {
@@ -60,7 +68,10 @@ impl Inspect {
             println!("  {n} tensors of {ty}, {bytes} bytes");
         }
         if let Some(info) = &info {
-            println!("  {:<32} {:>4} {:>6} {:>9} {:>11}", "adapted tensor", "rank", "retain", "|dW|/|W|", "|P'dW|/|dW|");
+            println!(
+                "  {:<32} {:>4} {:>6} {:>9} {:>11}",
+                "adapted tensor", "rank", "retain", "|dW|/|W|", "|P'dW|/|dW|"
+            );
             for t in &info.tensors {
                 println!(
                     "  {:<32} {:>4} {:>6} {:>8.3}% {:>11.2e}",
@@ -74,7 +85,13 @@ impl Inspect {
         }
         if self.tensors {
             for t in gguf.tensors() {
-                println!("  {:<40} {:?} {} {} bytes", t.name, t.dims(), t.ty.name(), t.n_bytes);
+                println!(
+                    "  {:<40} {:?} {} {} bytes",
+                    t.name,
+                    t.dims(),
+                    t.ty.name(),
+                    t.n_bytes
+                );
             }
         }
         Ok(())
@@ -97,7 +114,10 @@ fn types(gguf: &Gguf) -> Vec<(&'static str, usize, u64)> {
 }
 
 fn metadata(gguf: &Gguf) -> Json {
-    let entries = gguf.metadata().iter().map(|(k, v)| (k.to_owned(), to_json(v)));
+    let entries = gguf
+        .metadata()
+        .iter()
+        .map(|(k, v)| (k.to_owned(), to_json(v)));
     Json::Object(entries.collect::<Map<_, _>>())
 }
 
@@ -107,15 +127,23 @@ fn to_json(value: &Value) -> Json {
         Value::F32(x) => json!(x),
         Value::F64(x) => json!(x),
         Value::String(s) => json!(String::from_utf8_lossy(s.as_bytes())),
-        Value::Array(a) if a.len() > SHOWN => json!(format!("{} of {}", a.len(), a.element_type().name())),
-        Value::Array(Array::String(v)) => v.iter().map(|s| String::from_utf8_lossy(s.as_bytes())).collect(),
+        Value::Array(a) if a.len() > SHOWN => {
+            json!(format!("{} of {}", a.len(), a.element_type().name()))
+        }
+        Value::Array(Array::String(v)) => v
+            .iter()
+            .map(|s| String::from_utf8_lossy(s.as_bytes()))
+            .collect(),
         Value::Array(Array::F32(v)) => json!(v),
         Value::Array(Array::F64(v)) => json!(v),
         Value::Array(a) => match a.integers() {
             Some(v) => v.iter().map(|n| Json::from(*n as i64)).collect(),
             None => json!(format!("{} of {}", a.len(), a.element_type().name())),
         },
-        other => other.integer().and_then(|n| i64::try_from(n).ok()).map_or(Json::Null, Json::from),
+        other => other
+            .integer()
+            .and_then(|n| i64::try_from(n).ok())
+            .map_or(Json::Null, Json::from),
     }
 }
 

@@ -67,12 +67,18 @@ impl Learn {
             });
         }
         if !self.force && self.out.exists() {
-            return Err(crate::atomic::AtomicError::Exists { path: self.out.clone() }.into());
+            return Err(crate::atomic::AtomicError::Exists {
+                path: self.out.clone(),
+            }
+            .into());
         }
         let records = load_records(&self.data)?;
         let open = self.model.open()?;
         let template = self.template.of(&open)?;
-        let checkpoint = self.resume.clone().unwrap_or_else(|| super::unlearn::checkpoint_beside(&self.out));
+        let checkpoint = self
+            .resume
+            .clone()
+            .unwrap_or_else(|| super::unlearn::checkpoint_beside(&self.out));
         let mut ui = TrainUi::new(self.output.quiet || self.output.json, self.log.as_deref())?;
         let report = learn(
             Job {
@@ -92,16 +98,30 @@ impl Learn {
         );
         ui.finish()?;
         if let Err(Error::Interrupted { .. }) = &report {
-            eprintln!("go on with: {}", super::unlearn::resume_command(&checkpoint));
+            eprintln!(
+                "go on with: {}",
+                super::unlearn::resume_command(&checkpoint)
+            );
         }
         let report = report?;
         if self.output.json {
             super::emit(&report);
         } else {
             println!("                    before   after");
-            println!("answer probability {:>7.3} {:>7.3}", report.before.prob, report.after.prob);
-            println!("answer NLL         {:>7.3} {:>7.3}", report.before.nll, report.after.nll);
-            println!("{}: {} steps, {} bytes", self.out.display(), report.steps, report.adapter_bytes);
+            println!(
+                "answer probability {:>7.3} {:>7.3}",
+                report.before.prob, report.after.prob
+            );
+            println!(
+                "answer NLL         {:>7.3} {:>7.3}",
+                report.before.nll, report.after.nll
+            );
+            println!(
+                "{}: {} steps, {} bytes",
+                self.out.display(),
+                report.steps,
+                report.adapter_bytes
+            );
         }
         Ok(())
     }

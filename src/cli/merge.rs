@@ -47,7 +47,13 @@ impl Merge {
             patch.check_base(&model)?;
             patches.push((patch, scale));
         }
-        let report = rewrite(&model, &patches, self.out_type, &self.output_file, self.force)?;
+        let report = rewrite(
+            &model,
+            &patches,
+            self.out_type,
+            &self.output_file,
+            self.force,
+        )?;
         if self.output.json {
             super::emit(&report);
         } else if !self.output.quiet {

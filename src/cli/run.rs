@@ -31,7 +31,12 @@ pub struct Run {
     #[command(flatten)]
     template: TemplateArg,
     /// Most tokens to generate
-    #[arg(short = 'n', long = "n-predict", visible_alias = "predict", default_value_t = 256)]
+    #[arg(
+        short = 'n',
+        long = "n-predict",
+        visible_alias = "predict",
+        default_value_t = 256
+    )]
     n_predict: usize,
     /// Context length in tokens
     #[arg(short, long = "ctx-size", default_value_t = 2048)]
@@ -103,10 +108,19 @@ impl Run {
         };
         let mut stdout = std::io::stdout().lock();
         let json = self.json;
-        let out = generate_streaming(&mut context, &tokens, self.n_predict, &sampling, &mut |bytes| {
-            // A reader that went away ends the generation, not the program.
-            json || stdout.write_all(bytes).and_then(|()| stdout.flush()).is_ok()
-        })?;
+        let out = generate_streaming(
+            &mut context,
+            &tokens,
+            self.n_predict,
+            &sampling,
+            &mut |bytes| {
+                // A reader that went away ends the generation, not the program.
+                json || stdout
+                    .write_all(bytes)
+                    .and_then(|()| stdout.flush())
+                    .is_ok()
+            },
+        )?;
         if json {
             super::emit(&serde_json::json!({
                 "prompt_tokens": tokens.len(),
@@ -127,7 +141,10 @@ impl Run {
             Some(path) => (path.clone(), std::fs::read_to_string(path)),
             None => {
                 let mut text = String::new();
-                (PathBuf::from("stdin"), std::io::stdin().read_to_string(&mut text).map(|_| text))
+                (
+                    PathBuf::from("stdin"),
+                    std::io::stdin().read_to_string(&mut text).map(|_| text),
+                )
             }
         };
         read.map_err(|source| Error::Io {

@@ -42,21 +42,37 @@ pub struct Subspace {
 impl Subspace {
     pub(super) fn run(&self) -> Result<(), Error> {
         if !self.force && self.out.exists() {
-            return Err(crate::atomic::AtomicError::Exists { path: self.out.clone() }.into());
+            return Err(crate::atomic::AtomicError::Exists {
+                path: self.out.clone(),
+            }
+            .into());
         }
         let records = load_records(&self.retain)?;
         let open = self.model.open()?;
         let mut notices = Vec::new();
         let template = self.template.of(&open)?;
-        let mut data = samples(&open, &template, &records, self.max_tokens, "retain", &mut notices)?;
+        let mut data = samples(
+            &open,
+            &template,
+            &records,
+            self.max_tokens,
+            "retain",
+            &mut notices,
+        )?;
         data.truncate(CAPTURE_SAMPLES);
         let adaptable = trace(&open.model, &open.weights)?.adaptable;
         let quiet = self.output.quiet || self.output.json;
         let mut progress = Progress::new("capturing outputs", quiet);
         let n = data.len();
-        let pooled = pooled_outputs(&open.model, &adaptable, &data, self.model.n_threads(), &mut |done| {
-            progress.set(done, n);
-        })?;
+        let pooled = pooled_outputs(
+            &open.model,
+            &adaptable,
+            &data,
+            self.model.n_threads(),
+            &mut |done| {
+                progress.set(done, n);
+            },
+        )?;
         drop(progress);
         let bases: Vec<_> = pooled
             .par_iter()
@@ -82,11 +98,28 @@ impl Subspace {
         for notice in &notices {
             eprintln!("{notice}");
         }
-        println!("{:<32} {:>6} {:>5} {:>11} {:>11}", "tensor", "n_out", "k", "share of k", "share of 1");
+        println!(
+            "{:<32} {:>6} {:>5} {:>11} {:>11}",
+            "tensor", "n_out", "k", "share of k", "share of 1"
+        );
         for b in &bases {
             let total: f64 = b.eigenvalues.iter().map(|&v| f64::from(v)).sum();
-            let share = |k: usize| 100.0 * b.eigenvalues[..k.min(b.eigenvalues.len())].iter().map(|&v| f64::from(v)).sum::<f64>() / total;
-            println!("{:<32} {:>6} {:>5} {:>10.2}% {:>10.2}%", b.tensor, b.n_out, b.rank, share(b.rank), share(1));
+            let share = |k: usize| {
+                100.0
+                    * b.eigenvalues[..k.min(b.eigenvalues.len())]
+                        .iter()
+                        .map(|&v| f64::from(v))
+                        .sum::<f64>()
+                    / total
+            };
+            println!(
+                "{:<32} {:>6} {:>5} {:>10.2}% {:>10.2}%",
+                b.tensor,
+                b.n_out,
+                b.rank,
+                share(b.rank),
+                share(1)
+            );
         }
         println!("{}: {bytes} bytes from {n} samples", self.out.display());
         Ok(())

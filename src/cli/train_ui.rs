@@ -91,7 +91,9 @@ impl TrainUi {
     }
 
     fn write(&mut self, event: &Event<'_>) {
-        let Some((_, file)) = &mut self.log else { return };
+        let Some((_, file)) = &mut self.log else {
+            return;
+        };
         let written = serde_json::to_string(event)
             .map_err(std::io::Error::other)
             .and_then(|text| writeln!(file, "{text}"))
@@ -106,8 +108,12 @@ impl Watch for TrainUi {
     fn seen(&mut self, event: &Event<'_>) {
         self.write(event);
         match event {
-            Event::Step { step, of, report, .. } => {
-                let part = |name: &str, v: Option<f64>| v.map_or(String::new(), |v| format!(" {name} {v:.3}"));
+            Event::Step {
+                step, of, report, ..
+            } => {
+                let part = |name: &str, v: Option<f64>| {
+                    v.map_or(String::new(), |v| format!(" {name} {v:.3}"))
+                };
                 let note = format!(
                     "  loss:{}{}{}",
                     part("forget", report.forget),

@@ -218,7 +218,10 @@ impl Unlearn {
     pub(super) fn run(&self) -> Result<(), Error> {
         let config = self.settings()?;
         if !self.force && !self.dry_run && self.out.exists() {
-            return Err(crate::atomic::AtomicError::Exists { path: self.out.clone() }.into());
+            return Err(crate::atomic::AtomicError::Exists {
+                path: self.out.clone(),
+            }
+            .into());
         }
         let forget = load_records(&self.forget)?;
         let retain = self.retain.as_deref().map(load_records).transpose()?;
@@ -231,9 +234,17 @@ impl Unlearn {
             if self.output.json {
                 super::emit(&e);
             } else {
-                println!("memory  {} MiB beside the model file's {} MiB", e.memory_bytes >> 20, e.model_bytes >> 20);
+                println!(
+                    "memory  {} MiB beside the model file's {} MiB",
+                    e.memory_bytes >> 20,
+                    e.model_bytes >> 20
+                );
                 println!("time    {:.1} s a step, {}", e.step_seconds, e.time_text());
-                println!("disk    {} MiB for the patch, {} MiB for a checkpoint", e.patch_bytes >> 20, e.checkpoint_bytes >> 20);
+                println!(
+                    "disk    {} MiB for the patch, {} MiB for a checkpoint",
+                    e.patch_bytes >> 20,
+                    e.checkpoint_bytes >> 20
+                );
             }
             return Ok(());
         }
@@ -241,7 +252,10 @@ impl Unlearn {
             Some(path) => Some(subspace_file::open_for(path, &open)?),
             None => None,
         };
-        let checkpoint = self.resume.clone().unwrap_or_else(|| checkpoint_beside(&self.out));
+        let checkpoint = self
+            .resume
+            .clone()
+            .unwrap_or_else(|| checkpoint_beside(&self.out));
         let mut ui = TrainUi::new(self.output.quiet || self.output.json, self.log.as_deref())?;
         let report = unlearn(
             Job {
@@ -295,7 +309,8 @@ fn read_toml(path: &Path, preset: Preset) -> Result<UnlearnConfig, Error> {
             }
         }
     }
-    base.try_into().map_err(|e: toml::de::Error| bad(e.to_string()))
+    base.try_into()
+        .map_err(|e: toml::de::Error| bad(e.to_string()))
 }
 
 /// Where the run that makes `out` is kept when it is interrupted.
@@ -308,7 +323,10 @@ pub(super) fn checkpoint_beside(out: &Path) -> PathBuf {
 /// This command line with `--resume`.
 pub(super) fn resume_command(checkpoint: &Path) -> String {
     let mut words: Vec<String> = std::env::args().collect();
-    if !words.iter().any(|w| w == "--resume" || w.starts_with("--resume=")) {
+    if !words
+        .iter()
+        .any(|w| w == "--resume" || w.starts_with("--resume="))
+    {
         words.extend(["--resume".into(), checkpoint.display().to_string()]);
     }
     let quoted: Vec<String> = words
@@ -328,9 +346,19 @@ pub(super) fn resume_command(checkpoint: &Path) -> String {
 pub(super) fn table(r: &Report, out: &Path) {
     let rouge = |m: &crate::unlearn::Measured| m.rouge_l.map_or("-".into(), |r| format!("{r:.3}"));
     println!("                     before   after");
-    for (name, before, after) in [("forget", &r.before.forget, &r.after.forget), ("retain", &r.before.retain, &r.after.retain)] {
-        println!("{name} probability   {:>8.3} {:>7.3}", before.prob, after.prob);
-        println!("{name} ROUGE-L       {:>8} {:>7}", rouge(before), rouge(after));
+    for (name, before, after) in [
+        ("forget", &r.before.forget, &r.after.forget),
+        ("retain", &r.before.retain, &r.after.retain),
+    ] {
+        println!(
+            "{name} probability   {:>8.3} {:>7.3}",
+            before.prob, after.prob
+        );
+        println!(
+            "{name} ROUGE-L       {:>8} {:>7}",
+            rouge(before),
+            rouge(after)
+        );
     }
     println!(
         "{}: {} tensors, {:.1} MiB, {} steps, mean |dW|/|W| {:.2}%, largest |P'dW|/|dW| {:.1e}",

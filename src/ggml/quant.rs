@@ -88,7 +88,9 @@ pub fn can_encode(ty: u32) -> bool {
     row_bytes(ty, 256).is_some()
         && unsafe {
             !ggml_sys::ggml_quantize_requires_imatrix(ty)
-                && (*ggml_sys::ggml_get_type_traits(ty)).from_float_ref.is_some()
+                && (*ggml_sys::ggml_get_type_traits(ty))
+                    .from_float_ref
+                    .is_some()
         }
 }
 

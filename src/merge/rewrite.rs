@@ -74,7 +74,10 @@ pub fn rewrite(
     let mut updates: HashMap<&str, Vec<(&crate::patch::Update, f32)>> = HashMap::new();
     for (patch, scale) in patches {
         for u in &patch.updates {
-            updates.entry(&u.tensor).or_default().push((u, scale * u.scale));
+            updates
+                .entry(&u.tensor)
+                .or_default()
+                .push((u, scale * u.scale));
         }
     }
     let mut tensors = Vec::new();
@@ -95,8 +98,13 @@ pub fn rewrite(
                 found: to.name().into(),
             });
         }
-        tensors.push((info.name.clone(), info.ty.name().to_owned(), to.name().to_owned()));
-        let (from, row_bytes, n_rows) = (info.ty, info.row_bytes() as usize, info.n_rows() as usize);
+        tensors.push((
+            info.name.clone(),
+            info.ty.name().to_owned(),
+            to.name().to_owned(),
+        ));
+        let (from, row_bytes, n_rows) =
+            (info.ty, info.row_bytes() as usize, info.n_rows() as usize);
         let bytes = model.bytes(&info.name)?;
         let updates = updates.clone();
         file.tensor(&info.name, info.dims(), to, move |w| {
@@ -109,7 +117,11 @@ pub fn rewrite(
                         let end = (row + BLOCK_ROWS).min(last);
                         let mut values = vec![0f32; (end - row) * n_in];
                         for (o, values) in (row..end).zip(values.chunks_exact_mut(n_in)) {
-                            dequantize(from.id(), &bytes[o * row_bytes..(o + 1) * row_bytes], values)?;
+                            dequantize(
+                                from.id(),
+                                &bytes[o * row_bytes..(o + 1) * row_bytes],
+                                values,
+                            )?;
                             for (u, scale) in &updates {
                                 add_row(u, *scale, o, values);
                             }

@@ -16,7 +16,11 @@ pub enum PatchError {
         found: String,
     },
     #[error("{}: wanted patch format {wanted} or older, found {found}: this patch needs a newer nepenthe", path.display())]
-    Format { path: PathBuf, wanted: u32, found: u32 },
+    Format {
+        path: PathBuf,
+        wanted: u32,
+        found: u32,
+    },
     #[error("{}: key {key}: {problem}", path.display())]
     Key {
         path: PathBuf,
@@ -74,7 +78,11 @@ impl PatchError {
     pub fn is_mismatch(&self) -> bool {
         matches!(
             self,
-            Self::Format { .. } | Self::Merged { .. } | Self::Arch { .. } | Self::NoSuchTensor { .. } | Self::Base { .. }
+            Self::Format { .. }
+                | Self::Merged { .. }
+                | Self::Arch { .. }
+                | Self::NoSuchTensor { .. }
+                | Self::Base { .. }
         )
     }
 }

@@ -112,14 +112,32 @@ impl Info {
         meta.set("nepenthe.program", self.program.as_str());
         meta.set("nepenthe.engine", self.engine.as_str());
         let t = &self.tensors;
-        meta.set("nepenthe.tensor.name", t.iter().map(|t| t.name.clone()).collect::<Vec<_>>());
+        meta.set(
+            "nepenthe.tensor.name",
+            t.iter().map(|t| t.name.clone()).collect::<Vec<_>>(),
+        );
         let digests: Vec<String> = t.iter().map(|t| t.digest.to_string()).collect();
         meta.set("nepenthe.tensor.sha256", digests);
-        meta.set("nepenthe.tensor.rank", t.iter().map(|t| t.rank).collect::<Vec<_>>());
-        meta.set("nepenthe.tensor.retain_rank", t.iter().map(|t| t.retain_rank).collect::<Vec<_>>());
-        meta.set("nepenthe.tensor.norm", t.iter().map(|t| t.norm).collect::<Vec<_>>());
-        meta.set("nepenthe.tensor.relative_norm", t.iter().map(|t| t.relative_norm).collect::<Vec<_>>());
-        meta.set("nepenthe.tensor.retain_fraction", t.iter().map(|t| t.retain_fraction).collect::<Vec<_>>());
+        meta.set(
+            "nepenthe.tensor.rank",
+            t.iter().map(|t| t.rank).collect::<Vec<_>>(),
+        );
+        meta.set(
+            "nepenthe.tensor.retain_rank",
+            t.iter().map(|t| t.retain_rank).collect::<Vec<_>>(),
+        );
+        meta.set(
+            "nepenthe.tensor.norm",
+            t.iter().map(|t| t.norm).collect::<Vec<_>>(),
+        );
+        meta.set(
+            "nepenthe.tensor.relative_norm",
+            t.iter().map(|t| t.relative_norm).collect::<Vec<_>>(),
+        );
+        meta.set(
+            "nepenthe.tensor.retain_fraction",
+            t.iter().map(|t| t.retain_fraction).collect::<Vec<_>>(),
+        );
     }
 
     /// `None` for adapters of other programs.
@@ -141,16 +159,22 @@ impl Info {
             problem,
         };
         let digest = |key: &str, text: &str| {
-            Digest::parse(text).ok_or_else(|| bad(key, format!("wanted 64 hexadecimal digits, found {text:?}")))
+            Digest::parse(text)
+                .ok_or_else(|| bad(key, format!("wanted 64 hexadecimal digits, found {text:?}")))
         };
         let optional = |key: &str| -> Result<Option<Digest>, Error> {
-            Ok(meta.get_opt::<&str>(key)?.map(|text| digest(key, text)).transpose()?)
+            Ok(meta
+                .get_opt::<&str>(key)?
+                .map(|text| digest(key, text))
+                .transpose()?)
         };
         let json = |key: &str| -> Result<Json, Error> {
             let text = meta.get_opt::<&str>(key)?.unwrap_or("null");
             Ok(serde_json::from_str(text).map_err(|e| bad(key, format!("wanted JSON: {e}")))?)
         };
-        let text = |key: &str| -> Result<String, Error> { Ok(meta.get_opt::<&str>(key)?.unwrap_or_default().to_owned()) };
+        let text = |key: &str| -> Result<String, Error> {
+            Ok(meta.get_opt::<&str>(key)?.unwrap_or_default().to_owned())
+        };
         let base_key = "nepenthe.base.sha256";
         Ok(Some(Self {
             format,
@@ -203,7 +227,10 @@ fn read_tensors(
         same(key, v.len())?;
         Ok(v)
     };
-    let (rank, retain_rank) = (integers("nepenthe.tensor.rank")?, integers("nepenthe.tensor.retain_rank")?);
+    let (rank, retain_rank) = (
+        integers("nepenthe.tensor.rank")?,
+        integers("nepenthe.tensor.retain_rank")?,
+    );
     let norm = floats("nepenthe.tensor.norm")?;
     let relative_norm = floats("nepenthe.tensor.relative_norm")?;
     let retain_fraction = floats("nepenthe.tensor.retain_fraction")?;

@@ -78,18 +78,37 @@ impl Patch {
         let mut encoded = Vec::with_capacity(self.updates.len());
         for u in &self.updates {
             let b: Vec<f32> = u.lora_b.iter().map(|v| v * u.scale).collect();
-            encoded.push((self.half(u, "lora_a", &u.lora_a, path)?, self.half(u, "lora_b", &b, path)?));
+            encoded.push((
+                self.half(u, "lora_a", &u.lora_a, path)?,
+                self.half(u, "lora_b", &b, path)?,
+            ));
         }
         let mut file = GgufWriter::new(path, meta);
         for (u, (a, b)) in self.updates.iter().zip(&encoded) {
             let (n_in, n_out, rank) = (u.n_in as u64, u.n_out as u64, u.rank as u64);
-            file.tensor_from_bytes(&format!("{}.lora_a", u.tensor), &[n_in, rank], GgmlType::F16, a)?;
-            file.tensor_from_bytes(&format!("{}.lora_b", u.tensor), &[rank, n_out], GgmlType::F16, b)?;
+            file.tensor_from_bytes(
+                &format!("{}.lora_a", u.tensor),
+                &[n_in, rank],
+                GgmlType::F16,
+                a,
+            )?;
+            file.tensor_from_bytes(
+                &format!("{}.lora_b", u.tensor),
+                &[rank, n_out],
+                GgmlType::F16,
+                b,
+            )?;
         }
         Ok(file.save(force)?)
     }
 
-    fn half(&self, u: &Update, part: &'static str, values: &[f32], path: &Path) -> Result<Vec<u8>, PatchError> {
+    fn half(
+        &self,
+        u: &Update,
+        part: &'static str,
+        values: &[f32],
+        path: &Path,
+    ) -> Result<Vec<u8>, PatchError> {
         let halves: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
         if let Some(at) = halves.iter().position(|h| !h.is_finite()) {
             return Err(PatchError::NotFinite {
@@ -131,17 +150,36 @@ impl Patch {
         let mut updates = Vec::new();
         for t in gguf.tensors() {
             let Some(base) = t.name.strip_suffix(".lora_a") else {
-                let partner = t.name.strip_suffix(".lora_b").map(|base| format!("{base}.lora_a"));
+                let partner = t
+                    .name
+                    .strip_suffix(".lora_b")
+                    .map(|base| format!("{base}.lora_a"));
                 match partner {
                     Some(a) if gguf.tensor(&a).is_some() => continue,
-                    Some(a) => return Err(PatchError::Unpaired { path: path.to_owned(), found: t.name.clone(), wanted: a }.into()),
-                    None => return Err(PatchError::Stray { path: path.to_owned(), tensor: t.name.clone() }.into()),
+                    Some(a) => {
+                        return Err(PatchError::Unpaired {
+                            path: path.to_owned(),
+                            found: t.name.clone(),
+                            wanted: a,
+                        }
+                        .into());
+                    }
+                    None => {
+                        return Err(PatchError::Stray {
+                            path: path.to_owned(),
+                            tensor: t.name.clone(),
+                        }
+                        .into());
+                    }
                 }
             };
             updates.push(read_update(&gguf, base, alpha)?);
         }
         if updates.is_empty() {
-            return Err(PatchError::NoTensors { path: path.to_owned() }.into());
+            return Err(PatchError::NoTensors {
+                path: path.to_owned(),
+            }
+            .into());
         }
         Ok(Self {
             arch: meta.get::<&str>("general.architecture")?.to_owned(),
@@ -263,7 +301,11 @@ fn read_update(gguf: &Gguf, base: &str, alpha: f32) -> Result<Update, Error> {
         n_in: a.ne[0] as usize,
         n_out: b.ne[1] as usize,
         rank,
-        scale: if alpha == 0.0 { 1.0 } else { alpha / rank as f32 },
+        scale: if alpha == 0.0 {
+            1.0
+        } else {
+            alpha / rank as f32
+        },
         lora_a: decode(&names[0], a)?,
         lora_b: decode(&names[1], b)?,
     })

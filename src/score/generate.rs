@@ -45,7 +45,13 @@ impl Default for Sampling {
 fn sampler(s: &Sampling, n_vocab: usize) -> Option<LlamaSampler> {
     let mut chain = Vec::new();
     if s.repeat_penalty != 1.0 {
-        chain.push(LlamaSampler::penalties(n_vocab as i32, PENALTY_TOKENS, s.repeat_penalty, 0.0, 0.0));
+        chain.push(LlamaSampler::penalties(
+            n_vocab as i32,
+            PENALTY_TOKENS,
+            s.repeat_penalty,
+            0.0,
+            0.0,
+        ));
     }
     if s.temp <= 0.0 {
         if chain.is_empty() {
@@ -66,10 +72,15 @@ fn sampler(s: &Sampling, n_vocab: usize) -> Option<LlamaSampler> {
 
 /// Let `sampler` choose from a row of logits.
 fn choose(sampler: &mut LlamaSampler, row: &[f32]) -> Token {
-    let data = row.iter().enumerate().map(|(i, &v)| LlamaTokenData::new(LlamaToken(i as i32), v, 0.0));
+    let data = row
+        .iter()
+        .enumerate()
+        .map(|(i, &v)| LlamaTokenData::new(LlamaToken(i as i32), v, 0.0));
     let mut candidates = LlamaTokenDataArray::from_iter(data, false);
     sampler.apply(&mut candidates);
-    let token = candidates.selected_token().map_or_else(|| argmax(row), |t| t.0);
+    let token = candidates
+        .selected_token()
+        .map_or_else(|| argmax(row), |t| t.0);
     sampler.accept(LlamaToken(token));
     token
 }
@@ -103,8 +114,19 @@ pub fn generate_greedy(
                 let Some(prompt) = queue.next() else { break };
                 context.forget(slot as i32, 0);
                 let row = prefill(context, &prompts[prompt], slot as i32)?;
-                let next = argmax(context.logits(row).expect("the last token's were asked for"));
-                *run = step(context, prompt, prompts[prompt].len() as i32, next, max_tokens, &mut answers[prompt]);
+                let next = argmax(
+                    context
+                        .logits(row)
+                        .expect("the last token's were asked for"),
+                );
+                *run = step(
+                    context,
+                    prompt,
+                    prompts[prompt].len() as i32,
+                    next,
+                    max_tokens,
+                    &mut answers[prompt],
+                );
                 if run.is_none() {
                     finished += 1;
                     progress(finished);
@@ -196,7 +218,9 @@ pub fn generate_streaming(
     let mut row = prefill(context, prompt, 0)?;
     let mut out = Vec::new();
     for pos in prompt.len().. {
-        let logits = context.logits(row).expect("the last token's were asked for");
+        let logits = context
+            .logits(row)
+            .expect("the last token's were asked for");
         let next = match &mut sampler {
             Some(sampler) => choose(sampler, logits),
             None => argmax(logits),

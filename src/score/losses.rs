@@ -39,7 +39,9 @@ pub fn answer_losses(
                 // As many samples as the logits of one decode have room for, at least one.
                 let mut rows = 0;
                 let mut end = at;
-                while end < group.len() && (end == at || rows + samples[group[end]].n_answer_tokens() <= max_rows) {
+                while end < group.len()
+                    && (end == at || rows + samples[group[end]].n_answer_tokens() <= max_rows)
+                {
                     rows += samples[group[end]].n_answer_tokens();
                     end += 1;
                 }
@@ -53,7 +55,12 @@ pub fn answer_losses(
     Ok(losses)
 }
 
-fn decode(context: &mut Context, samples: &[Sample], group: &[usize], losses: &mut [SampleLoss]) -> Result<(), Error> {
+fn decode(
+    context: &mut Context,
+    samples: &[Sample],
+    group: &[usize],
+    losses: &mut [SampleLoss],
+) -> Result<(), Error> {
     let mut batch = Batch::default();
     let mut rows = Vec::new();
     for (seq, &s) in group.iter().enumerate() {
@@ -85,9 +92,17 @@ fn decode(context: &mut Context, samples: &[Sample], group: &[usize], losses: &m
 fn row_losses(context: &Context, rows: &[Row]) -> Vec<f64> {
     let logits: Vec<(&[f32], Token)> = rows
         .iter()
-        .map(|r| (context.logits(r.at).expect("asked for in this batch"), r.token))
+        .map(|r| {
+            (
+                context.logits(r.at).expect("asked for in this batch"),
+                r.token,
+            )
+        })
         .collect();
-    logits.par_iter().map(|(row, token)| nll(row, *token)).collect()
+    logits
+        .par_iter()
+        .map(|(row, token)| nll(row, *token))
+        .collect()
 }
 
 /// Perplexity of `tokens` in windows of `n_ctx` that do not overlap, each scored in its second

@@ -103,13 +103,22 @@ pub fn evaluate(
     let asked: Vec<usize> = (0..records.len())
         .filter(|&i| generate && samples.len() == records.len() && records[i].turns().is_some())
         .collect();
-    let room = if asked.is_empty() { longest } else { longest + MAX_ANSWER };
+    let room = if asked.is_empty() {
+        longest
+    } else {
+        longest + MAX_ANSWER
+    };
     let mut context = scoring_context(model, adapters, room, n_threads)?;
     let total = samples.len() + asked.len();
     let losses = answer_losses(&mut context, &samples, &mut |n| progress(n, total))?;
-    let prompts: Vec<Vec<i32>> = asked.iter().map(|&i| samples[i].prompt_tokens().to_vec()).collect();
+    let prompts: Vec<Vec<i32>> = asked
+        .iter()
+        .map(|&i| samples[i].prompt_tokens().to_vec())
+        .collect();
     let n_scored = samples.len();
-    let answers = generate_greedy(&mut context, &prompts, MAX_ANSWER, &mut |n| progress(n_scored + n, total))?;
+    let answers = generate_greedy(&mut context, &prompts, MAX_ANSWER, &mut |n| {
+        progress(n_scored + n, total)
+    })?;
     let mut scored: Vec<Scored> = losses
         .iter()
         .map(|l| Scored {

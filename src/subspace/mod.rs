@@ -60,7 +60,11 @@ impl SubspaceConfig {
     /// For a tensor of `n_out` outputs. A hard projection needs room beside P: there P fills at
     /// most half of the outputs.
     fn fitted(&self, n_out: usize) -> Self {
-        let most = if self.off_retain { (n_out / 2).max(1) } else { n_out };
+        let most = if self.off_retain {
+            (n_out / 2).max(1)
+        } else {
+            n_out
+        };
         Self {
             retain_rank: self.retain_rank.min(most),
             ..self.clone()

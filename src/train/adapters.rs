@@ -89,7 +89,13 @@ impl Pairs {
 
     /// Plain LoRA: A uniform in ±1/√n_in, B zero, as PEFT starts it. `bases`: P per tensor for
     /// the constraint, or empty.
-    pub fn lora(adaptable: &[Adaptable], rank: usize, scale: f32, seed: u64, bases: Vec<Vec<f32>>) -> Self {
+    pub fn lora(
+        adaptable: &[Adaptable],
+        rank: usize,
+        scale: f32,
+        seed: u64,
+        bases: Vec<Vec<f32>>,
+    ) -> Self {
         let mut bases = bases.into_iter();
         let list = adaptable
             .iter()
@@ -125,7 +131,9 @@ impl Pairs {
         };
         let trained = self.list.iter().map(|p| factor(p, self.scale, true));
         let frozen = self.list.iter().filter(|p| p.initial.is_some());
-        trained.chain(frozen.map(|p| factor(p, -self.scale, false))).collect()
+        trained
+            .chain(frozen.map(|p| factor(p, -self.scale, false)))
+            .collect()
     }
 
     /// Copy the trained pairs into `factors`, made from [`Pairs::factors`].
@@ -154,7 +162,10 @@ impl Pairs {
 
     /// Lengths of the trained tensors in the tape's order: A, B of the first pair, ...
     pub fn lengths(&self) -> Vec<usize> {
-        self.list.iter().flat_map(|p| [p.a.len(), p.b.len()]).collect()
+        self.list
+            .iter()
+            .flat_map(|p| [p.a.len(), p.b.len()])
+            .collect()
     }
 
     /// The trained tensors in the tape's order.
@@ -210,7 +221,11 @@ impl Pairs {
 }
 
 /// Qᵀ·W: `q [n_out, r]`, `w [n_in, n_out]`, result `[n_in, r]`.
-fn product_with_weight(q: &[f32], w: &[f32], (n_in, n_out, rank): (usize, usize, usize)) -> Vec<f32> {
+fn product_with_weight(
+    q: &[f32],
+    w: &[f32],
+    (n_in, n_out, rank): (usize, usize, usize),
+) -> Vec<f32> {
     let mut out = vec![0.0; n_in * rank];
     matmul(
         MatMut::from_column_major_slice_mut(&mut out, n_in, rank),

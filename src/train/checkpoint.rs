@@ -83,27 +83,57 @@ impl<S: Serialize + DeserializeOwned> Checkpoint<S> {
         let mut meta = Metadata::new();
         meta.set("general.type", KIND);
         meta.set("nepenthe.checkpoint.format", FORMAT);
-        meta.set("nepenthe.checkpoint.identity", json(serde_json::to_string(&self.identity)));
-        meta.set("nepenthe.checkpoint.state", json(serde_json::to_string(&self.state)));
+        meta.set(
+            "nepenthe.checkpoint.identity",
+            json(serde_json::to_string(&self.identity)),
+        );
+        meta.set(
+            "nepenthe.checkpoint.state",
+            json(serde_json::to_string(&self.state)),
+        );
         meta.set("nepenthe.checkpoint.step", self.step);
         meta.set("nepenthe.checkpoint.scale", self.pairs.scale);
         let pairs = &self.pairs.list;
-        meta.set("nepenthe.checkpoint.tensor", pairs.iter().map(|p| p.tensor.name.clone()).collect::<Vec<_>>());
-        meta.set("nepenthe.checkpoint.rank", pairs.iter().map(|p| p.rank as u32).collect::<Vec<_>>());
+        meta.set(
+            "nepenthe.checkpoint.tensor",
+            pairs
+                .iter()
+                .map(|p| p.tensor.name.clone())
+                .collect::<Vec<_>>(),
+        );
+        meta.set(
+            "nepenthe.checkpoint.rank",
+            pairs.iter().map(|p| p.rank as u32).collect::<Vec<_>>(),
+        );
         let mut file = GgufWriter::new(path, meta);
         for (i, (p, m)) in pairs.iter().zip(self.moments.chunks_exact(2)).enumerate() {
-            let before = self.before.as_ref().map_or(&[][..], |b| &b[2 * i..2 * i + 2]);
+            let before = self
+                .before
+                .as_ref()
+                .map_or(&[][..], |b| &b[2 * i..2 * i + 2]);
             for (name, values) in BEFORE.iter().zip(before) {
                 let name = format!("{}.{name}", p.tensor.name);
-                file.tensor_from_bytes(&name, &[values.len() as u64], GgmlType::F32, bytemuck::cast_slice(values))?;
+                file.tensor_from_bytes(
+                    &name,
+                    &[values.len() as u64],
+                    GgmlType::F32,
+                    bytemuck::cast_slice(values),
+                )?;
             }
             let (a0, b0): (&[f32], &[f32]) = p.initial.as_ref().map_or((&[], &[]), |(a, b)| (a, b));
-            let parts: [&[f32]; 9] = [&p.a, &p.b, a0, b0, &p.basis, &m[0].m, &m[0].v, &m[1].m, &m[1].v];
+            let parts: [&[f32]; 9] = [
+                &p.a, &p.b, a0, b0, &p.basis, &m[0].m, &m[0].v, &m[1].m, &m[1].v,
+            ];
             for (name, values) in PARTS.iter().zip(parts) {
                 if !values.is_empty() {
                     let name = format!("{}.{name}", p.tensor.name);
                     let ne = [values.len() as u64];
-                    file.tensor_from_bytes(&name, &ne, GgmlType::F32, bytemuck::cast_slice(values))?;
+                    file.tensor_from_bytes(
+                        &name,
+                        &ne,
+                        GgmlType::F32,
+                        bytemuck::cast_slice(values),
+                    )?;
                 }
             }
         }
@@ -123,7 +153,9 @@ impl<S: Serialize + DeserializeOwned> Checkpoint<S> {
         if kind != KIND || format != Some(FORMAT) {
             return Err(CheckpointError::Kind {
                 path: path.to_owned(),
-                found: format.filter(|_| kind == KIND).map_or(kind.to_owned(), |f| f.to_string()),
+                found: format
+                    .filter(|_| kind == KIND)
+                    .map_or(kind.to_owned(), |f| f.to_string()),
             }
             .into());
         }
@@ -132,16 +164,30 @@ impl<S: Serialize + DeserializeOwned> Checkpoint<S> {
         let names: Vec<&str> = meta.get("nepenthe.checkpoint.tensor")?;
         let ranks: Vec<u32> = meta.get("nepenthe.checkpoint.rank")?;
         if names.len() != ranks.len() {
-            return Err(content(path, "key", "nepenthe.checkpoint.rank", names.len(), ranks.len()));
+            return Err(content(
+                path,
+                "key",
+                "nepenthe.checkpoint.rank",
+                names.len(),
+                ranks.len(),
+            ));
         }
         let (mut list, mut moments, mut before) = (Vec::new(), Vec::new(), Vec::new());
         for (name, rank) in names.iter().zip(ranks) {
             let Some(index) = adaptable.iter().position(|t| t.name == *name) else {
-                return Err(content(path, "tensor", name, "an adaptable tensor of the model", "none"));
+                return Err(content(
+                    path,
+                    "tensor",
+                    name,
+                    "an adaptable tensor of the model",
+                    "none",
+                ));
             };
             let tensor = adaptable[index].clone();
             let rank = rank as usize;
-            let part = |suffix: &str, wanted: Option<usize>| read_part(&gguf, &format!("{name}.{suffix}"), wanted);
+            let part = |suffix: &str, wanted: Option<usize>| {
+                read_part(&gguf, &format!("{name}.{suffix}"), wanted)
+            };
             let (n_a, n_b) = (Some(tensor.n_in * rank), Some(tensor.n_out * rank));
             let initial = match gguf.tensor(&format!("{name}.a0")) {
                 Some(_) => Some((part("a0", n_a)?, part("b0", n_b)?)),
@@ -204,15 +250,27 @@ fn same_run(path: &Path, wanted: &Identity, found: &Identity) -> Result<(), Erro
         return other("model", wanted.base.short(), found.base.short());
     }
     if wanted.data != found.data {
-        return other("forget or retain set", wanted.data.short(), found.data.short());
+        return other(
+            "forget or retain set",
+            wanted.data.short(),
+            found.data.short(),
+        );
     }
     if wanted.config != found.config {
-        return other("configuration", wanted.config.to_string(), found.config.to_string());
+        return other(
+            "configuration",
+            wanted.config.to_string(),
+            found.config.to_string(),
+        );
     }
     Ok(())
 }
 
-fn read_json<T: DeserializeOwned>(path: &Path, meta: &Metadata, key: &'static str) -> Result<T, Error> {
+fn read_json<T: DeserializeOwned>(
+    path: &Path,
+    meta: &Metadata,
+    key: &'static str,
+) -> Result<T, Error> {
     let text: &str = meta.get(key)?;
     serde_json::from_str(text).map_err(|e| content(path, "key", key, "its JSON", e))
 }
@@ -222,14 +280,26 @@ fn read_part(gguf: &Gguf, name: &str, wanted: Option<usize>) -> Result<Vec<f32>,
     let n = info.n_elements() as usize;
     if info.ty != GgmlType::F32 || wanted.is_some_and(|w| w != n) {
         let wanted = wanted.map_or("F32 values".into(), |w| format!("{w} F32 values"));
-        return Err(content(gguf.path(), "tensor", name, wanted, format!("{n} of {}", info.ty.name())));
+        return Err(content(
+            gguf.path(),
+            "tensor",
+            name,
+            wanted,
+            format!("{n} of {}", info.ty.name()),
+        ));
     }
     let bytes = gguf.read_tensor(name)?;
     let floats = bytes.as_chunks::<4>().0;
     Ok(floats.iter().map(|b| f32::from_le_bytes(*b)).collect())
 }
 
-fn content(path: &Path, what: &'static str, name: &str, wanted: impl ToString, found: impl ToString) -> Error {
+fn content(
+    path: &Path,
+    what: &'static str,
+    name: &str,
+    wanted: impl ToString,
+    found: impl ToString,
+) -> Error {
     CheckpointError::Content {
         path: path.to_owned(),
         what,

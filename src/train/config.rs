@@ -129,8 +129,17 @@ impl TrainConfig {
     /// # Errors
     /// [`Error::Setting`] naming the first bad one.
     pub fn validate(&self) -> Result<(), Error> {
-        let positive = |setting, value: f32| in_range(setting, value, f32::MIN_POSITIVE, f32::MAX, "a number above 0");
-        let weight = |setting, value: f32| in_range(setting, value, 0.0, f32::MAX, "a number, 0 or above");
+        let positive = |setting, value: f32| {
+            in_range(
+                setting,
+                value,
+                f32::MIN_POSITIVE,
+                f32::MAX,
+                "a number above 0",
+            )
+        };
+        let weight =
+            |setting, value: f32| in_range(setting, value, 0.0, f32::MAX, "a number, 0 or above");
         positive("alpha", self.alpha)?;
         positive("lr", self.lr)?;
         weight("weight-decay", self.weight_decay)?;
@@ -164,11 +173,20 @@ impl TrainConfig {
     /// Steps when they are fixed by hand, for `n_forget` samples.
     pub fn fixed_steps(&self, n_forget: usize) -> Option<usize> {
         let per_epoch = n_forget as f32 / self.step_samples() as f32;
-        self.steps.or_else(|| self.epochs.map(|e| (e * per_epoch).ceil().max(1.0) as usize))
+        self.steps.or_else(|| {
+            self.epochs
+                .map(|e| (e * per_epoch).ceil().max(1.0) as usize)
+        })
     }
 }
 
-fn in_range(setting: &'static str, value: f32, low: f32, high: f32, wanted: &str) -> Result<(), Error> {
+fn in_range(
+    setting: &'static str,
+    value: f32,
+    low: f32,
+    high: f32,
+    wanted: &str,
+) -> Result<(), Error> {
     if value >= low && value <= high {
         return Ok(());
     }
@@ -232,9 +250,21 @@ impl StopConfig {
         at_least("check-every", self.check_every, 1)?;
         at_least("check-samples", self.check_samples, 1)?;
         at_least("max-steps", self.max_steps, 1)?;
-        in_range("factor", self.factor as f32, 0.1, 10.0, "a number from 0.1 to 10")?;
+        in_range(
+            "factor",
+            self.factor as f32,
+            0.1,
+            10.0,
+            "a number from 0.1 to 10",
+        )?;
         if let Some(nll) = self.nll {
-            in_range("until", nll as f32, 0.01, 50.0, "a number of nats from 0.01 to 50")?;
+            in_range(
+                "until",
+                nll as f32,
+                0.01,
+                50.0,
+                "a number of nats from 0.01 to 50",
+            )?;
         }
         Ok(())
     }
@@ -317,7 +347,10 @@ mod tests {
             config.train.validate().expect("a preset is valid");
             config.stop.validate().expect("a preset is valid");
             let text = toml::to_string(&config).expect("plain values");
-            assert_eq!(toml::from_str::<UnlearnConfig>(&text).expect("its own text"), config);
+            assert_eq!(
+                toml::from_str::<UnlearnConfig>(&text).expect("its own text"),
+                config
+            );
         }
     }
 

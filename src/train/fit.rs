@@ -22,6 +22,12 @@ use std::time::Instant;
 const LEFT_OVER: f64 = 0.1;
 /// Past this multiple of the level parameters are taken back.
 const TOO_FAR: f64 = 1.2;
+/// A pace that needs more checks than this to reach the level is too slow ...
+const CHECKS_TO_LEVEL: f64 = 12.0;
+/// ... and the learning rate grows by this factor at a check, up to `MAX_BOOST` in all: the rate
+/// that suits one width is slow at another.
+const BOOST: f32 = 1.3;
+const MAX_BOOST: f32 = 8.0;
 /// Halvings of the way back.
 const HALVINGS: usize = 6;
 /// While settling, samples below this share of the level are pushed again.
@@ -63,6 +69,8 @@ pub struct FitState {
     pub settled_at: Option<u64>,
     /// Checks so far.
     pub checks: Vec<Check>,
+    /// Factor on the learning rate, grown while progress is slow.
+    pub boost: f32,
     forget: Order,
     retain: Order,
     /// Parameters at the last check below the level, in the tape's order.
@@ -78,6 +86,7 @@ impl FitState {
             nll: vec![0.0; n_forget],
             settled_at: None,
             checks: Vec::new(),
+            boost: 1.0,
             forget: Order::new(config.seed, 2, n_forget),
             retain: Order::new(config.seed, 3, n_retain),
             before: None,
@@ -167,11 +176,17 @@ pub fn fit(
             }
             Until::Level(level) => {
                 let near = state.checks.last().is_some_and(|c| c.nll > level / 2.0);
-                let every = if near { stop.check_every.div_ceil(2) } else { stop.check_every };
+                let every = if near {
+                    stop.check_every.div_ceil(2)
+                } else {
+                    stop.check_every
+                };
                 let due = step.is_multiple_of(every);
                 let last = state.settled_at.map(|s| s as usize + stop.settle);
                 let done = last == Some(step);
-                if (due || done || step == stop.max_steps) && state.checks.last().is_none_or(|c| c.step < trainer.step) {
+                if (due || done || step == stop.max_steps)
+                    && state.checks.last().is_none_or(|c| c.step < trainer.step)
+                {
                     let mut check = check(trainer, stop, state, forget, level)?;
                     if state.settled_at.is_none() {
                         if check.nll > TOO_FAR * level
@@ -183,6 +198,16 @@ pub fn fit(
                             state.settled_at = Some(trainer.step);
                             state.before = None;
                         } else {
+                            if let (Some(first), Some(last)) =
+                                (state.checks.first(), state.checks.last())
+                            {
+                                let slow =
+                                    check.nll - last.nll < (level - first.nll) / CHECKS_TO_LEVEL;
+                                let warm = step > config.warmup.unwrap_or(pass.min(MAX_WARMUP));
+                                if slow && warm {
+                                    state.boost = (state.boost * BOOST).min(MAX_BOOST);
+                                }
+                            }
                             state.before = Some(trainer.pairs.params().cloned().collect());
                         }
                     }
@@ -201,16 +226,19 @@ pub fn fit(
                     return Ok(Ended::NotReached);
                 }
                 match state.settled_at {
-                    _ if stop.settle == 0 && state.settled_at.is_some() => return Ok(Ended::Unseen),
+                    _ if stop.settle == 0 && state.settled_at.is_some() => {
+                        return Ok(Ended::Unseen);
+                    }
                     Some(since) => {
                         let into = step - since as usize;
-                        let lr = config.lr * (stop.settle - into) as f32 / stop.settle as f32;
+                        let lr = config.lr * state.boost * (stop.settle - into) as f32
+                            / stop.settle as f32;
                         (lr, since as usize + stop.settle)
                     }
                     None => {
                         let warmup = config.warmup.unwrap_or(pass.min(MAX_WARMUP));
                         let up = (step + 1) as f32 / warmup.max(1) as f32;
-                        (config.lr * up.min(1.0), stop.max_steps)
+                        (config.lr * state.boost * up.min(1.0), stop.max_steps)
                     }
                 }
             }
@@ -241,7 +269,11 @@ fn draw<'a>(
         Until::Steps(_) => state.forget.take(n.min(forget.len())),
         Until::Level(level) => {
             let nll = &state.nll;
-            let level = if state.settled_at.is_some() { FALLEN_BACK * level } else { level };
+            let level = if state.settled_at.is_some() {
+                FALLEN_BACK * level
+            } else {
+                level
+            };
             state.forget.take_where(n, |i| nll[i] < level)
         }
     };
@@ -264,7 +296,9 @@ fn check(
     let n = stop.check_samples.min(forget.len());
     // The spread moves on from check to check: every sample is seen in turn.
     let offset = state.checks.len();
-    let chosen: Vec<usize> = (0..n).map(|i| (i * forget.len() / n + offset) % forget.len()).collect();
+    let chosen: Vec<usize> = (0..n)
+        .map(|i| (i * forget.len() / n + offset) % forget.len())
+        .collect();
     let samples: Vec<&Sample> = chosen.iter().map(|&i| &forget[i]).collect();
     let losses = trainer.losses(&samples)?;
     for (&i, l) in chosen.iter().zip(&losses) {

@@ -44,7 +44,8 @@ impl Order {
         }
         if self.permutation.is_empty() {
             self.permutation = (0..self.n).collect();
-            SplitMix64::stream(self.seed, self.stream << 40 | self.pass).shuffle(&mut self.permutation);
+            SplitMix64::stream(self.seed, self.stream << 40 | self.pass)
+                .shuffle(&mut self.permutation);
         }
         self.at += 1;
         self.permutation[self.at - 1]

@@ -94,8 +94,18 @@ impl<'m> Trainer<'m> {
     ///
     /// # Errors
     /// When ggml fails, or a gradient is not finite.
-    pub fn step(&mut self, config: &TrainConfig, batch: &StepBatch<'_>, lr: f32) -> Result<StepReport, Error> {
-        let n_tokens = |set: &[&Sample]| set.iter().map(|s| s.n_answer_tokens()).sum::<usize>().max(1) as f32;
+    pub fn step(
+        &mut self,
+        config: &TrainConfig,
+        batch: &StepBatch<'_>,
+        lr: f32,
+    ) -> Result<StepReport, Error> {
+        let n_tokens = |set: &[&Sample]| {
+            set.iter()
+                .map(|s| s.n_answer_tokens())
+                .sum::<usize>()
+                .max(1) as f32
+        };
         let (n_forget, n_retain) = (n_tokens(&batch.forget), n_tokens(&batch.retain));
         let items: Vec<Item<'_>> = batch
             .forget
@@ -116,9 +126,9 @@ impl<'m> Trainer<'m> {
         for g in &mut self.grads {
             g.fill(0.0);
         }
-        let losses = self
-            .engine
-            .gradients(Trained::Factors(&self.factors), &items, &mut self.grads)?;
+        let losses =
+            self.engine
+                .gradients(Trained::Factors(&self.factors), &items, &mut self.grads)?;
         let rol = match config.constraint {
             Constraint::Rol if config.lambda > 0.0 => Some(self.add_rol(config)?),
             _ => None,
@@ -139,7 +149,12 @@ impl<'m> Trainer<'m> {
             weight_decay: config.weight_decay,
             ..AdamWConfig::default()
         };
-        for ((x, g), m) in self.pairs.params_mut().zip(&self.grads).zip(&mut self.moments) {
+        for ((x, g), m) in self
+            .pairs
+            .params_mut()
+            .zip(&self.grads)
+            .zip(&mut self.moments)
+        {
             m.update(&adamw, x, g, lr, clip, self.step);
         }
         if config.constraint == Constraint::Project {

@@ -23,11 +23,13 @@ pub fn demo(name: &str) -> PathBuf {
 
 /// A model of the cache, or the printed reason why the test is skipped.
 pub fn cached(name: &str) -> Option<PathBuf> {
-    let dir = std::env::var_os("NEPENTHE_CACHE").map(PathBuf::from).or_else(|| {
-        let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-        let base = base.or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(".cache")));
-        base.map(|b| b.join("nepenthe"))
-    })?;
+    let dir = std::env::var_os("NEPENTHE_CACHE")
+        .map(PathBuf::from)
+        .or_else(|| {
+            let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+            let base = base.or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(".cache")));
+            base.map(|b| b.join("nepenthe"))
+        })?;
     present(dir.join(name), "models/fetch.sh gets it")
 }
 
@@ -36,7 +38,9 @@ pub fn stories() -> Option<PathBuf> {
     let dir = root().join("../shared/models/stories260k");
     let file = std::fs::read_dir(&dir).ok().and_then(|entries| {
         let paths = entries.filter_map(|e| Some(e.ok()?.path()));
-        paths.into_iter().find(|p| p.extension().is_some_and(|e| e == "gguf"))
+        paths
+            .into_iter()
+            .find(|p| p.extension().is_some_and(|e| e == "gguf"))
     });
     present(file.unwrap_or(dir), "it is no part of this repository")
 }
@@ -71,7 +75,10 @@ pub fn fails(code: i32, args: &[&str]) -> String {
     let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
     assert_eq!(out.status.code(), Some(code), "{args:?}: {stderr}");
     let last = stderr.trim_end().lines().last().unwrap_or("").to_owned();
-    assert!(last.starts_with("nepenthe: ") || code == 2, "{args:?}: {stderr}");
+    assert!(
+        last.starts_with("nepenthe: ") || code == 2,
+        "{args:?}: {stderr}"
+    );
     stderr
 }
 
@@ -87,7 +94,10 @@ pub fn decoded(from: &Path, to: &Path) {
             let mut values = vec![0f32; t.n_elements() as usize];
             let row = t.ne[0] as usize;
             let bytes = gguf.read_tensor(&t.name).expect("readable");
-            for (b, v) in bytes.chunks(t.row_bytes() as usize).zip(values.chunks_mut(row)) {
+            for (b, v) in bytes
+                .chunks(t.row_bytes() as usize)
+                .zip(values.chunks_mut(row))
+            {
                 dequantize(t.ty.id(), b, v).expect("a known type");
             }
             (t, values)
@@ -95,8 +105,13 @@ pub fn decoded(from: &Path, to: &Path) {
         .collect();
     let mut file = GgufWriter::new(to, meta);
     for (t, values) in &tensors {
-        file.tensor_from_bytes(&t.name, t.dims(), GgmlType::F32, bytemuck::cast_slice(values))
-            .expect("a good tensor");
+        file.tensor_from_bytes(
+            &t.name,
+            t.dims(),
+            GgmlType::F32,
+            bytemuck::cast_slice(values),
+        )
+        .expect("a good tensor");
     }
     file.save(true).expect("room on the disk");
 }
