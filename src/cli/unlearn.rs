@@ -89,7 +89,7 @@ pub struct TrainArgs {
     /// Gradient norm above which gradients are scaled down (0: never)
     #[arg(long)]
     pub clip: Option<f32>,
-    /// Share of adapter inputs dropped in training
+    /// Share of adapter inputs dropped in training (only 0 is possible)
     #[arg(long)]
     pub dropout: Option<f32>,
     /// Seed of data order, adapters and dropout

@@ -130,7 +130,7 @@ impl Buffer {
         bytes: fn(&T) -> &[u8],
     ) -> Result<Arc<Self>, OpError> {
         let slice = bytes(&keep);
-        if slice.as_ptr() as usize % 32 != 0 || slice.is_empty() {
+        if !(slice.as_ptr() as usize).is_multiple_of(32) || slice.is_empty() {
             return Err(OpError::Backend("a mapped file is not 32-byte aligned"));
         }
         let (ptr, len) = (slice.as_ptr(), slice.len());

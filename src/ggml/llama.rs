@@ -108,9 +108,9 @@ pub struct Model(Arc<ModelInner>);
 
 fn backend() {
     static BACKEND: OnceLock<Option<LlamaBackend>> = OnceLock::new();
-    // SAFETY: called before any thread of ours uses the C library; ggml reads the variable
-    // when it aborts, to skip starting a debugger on itself.
     BACKEND.get_or_init(|| {
+        // SAFETY: called before any thread of ours uses the C library; ggml reads the variable
+        // when it aborts, to skip starting a debugger on itself.
         unsafe { std::env::set_var("GGML_NO_BACKTRACE", "1") };
         log::install();
         LlamaBackend::init().ok()

@@ -221,7 +221,13 @@ mod tests {
             .map(|i| ((i * 7919 % 101) as f32 / 17.0).sin() * 3.0)
             // The hinge has a kink where two rivals tie; differences must not straddle one.
             .enumerate()
-            .map(|(i, z)| if i == 11 || i == 5 { 4.0 + i as f32 / 10.0 } else { z })
+            .map(|(i, z)| {
+                if i == 11 || i == 5 {
+                    4.0 + i as f32 / 10.0
+                } else {
+                    z
+                }
+            })
             .collect()
     }
 
