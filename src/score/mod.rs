@@ -1,6 +1,6 @@
 //! Measuring a model as it will be used: llama.cpp's own decode, with any adapters applied.
 //!
-//! [`losses`] scores given answers, [`generate`] writes answers, [`perplexity`] reads running
+//! [`answer_losses`] scores given answers, [`generate_greedy`] writes answers, [`perplexity`] reads running
 //! text, [`evaluate`] is what `nepenthe eval` prints.
 
 mod generate;

@@ -184,7 +184,7 @@ pub struct Subspace {
     pub rank: usize,
     /// Q_r [n_out, rank], orthonormal columns.
     pub rila: Vec<f32>,
-    /// Eigenvalues of C_Δ behind `rila`, largest first, all positive [rank].
+    /// Eigenvalues of C_Δ behind `rila`, largest first, all positive; `rank` of them.
     pub rila_eigenvalues: Vec<f32>,
     /// The largest eigenvalues of C_Δ whatever their sign, largest first, at most [`MAX_FACTOR`].
     pub delta_eigenvalues: Vec<f32>,
