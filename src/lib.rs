@@ -24,5 +24,6 @@ pub mod subspace;
 pub mod subspace_file;
 pub mod train;
 pub mod unlearn;
+pub mod unseen;
 
 pub use error::Error;

@@ -7,8 +7,7 @@ use crate::adapter::{Loaded, open_adapters};
 use crate::atomic::AtomicError;
 use crate::capture::pooled_outputs;
 use crate::data::{
-    Message, Record, Role, Sample, SampleSet, Template, build_samples, general_records, overlap,
-    salted_hash,
+    Record, Sample, SampleSet, Template, build_samples, general_records, overlap, salted_hash,
 };
 use crate::digest::{Digest, of_model};
 use crate::error::Error;
@@ -20,10 +19,11 @@ use crate::score::evaluate;
 use crate::subspace::{Pooled, Retain, RetainBasis, Subspace, SubspaceConfig, solve_all};
 use crate::train::adapters::Pairs;
 use crate::train::checkpoint::{Checkpoint, Identity};
-use crate::train::config::{Constraint, Init, StopConfig, UnlearnConfig};
+use crate::train::config::{Constraint, Init, UnlearnConfig};
 use crate::train::engine::{Engine, mean_nll};
 use crate::train::fit::{Ended, FitState, Until, Watch, fit};
 use crate::train::trainer::{StepBatch, Trainer};
+use crate::unseen::exchanged_answers;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -31,8 +31,6 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// Samples of a split whose outputs are pooled: the paper's 256, in data order.
 pub const CAPTURE_SAMPLES: usize = 256;
-/// Answers that stand in for others' when there is nothing to exchange.
-const FALLBACK_ANSWERS: usize = 8;
 /// Samples of each set in the table before and after.
 const MEASURED: usize = 40;
 
@@ -47,6 +45,8 @@ pub struct Sets {
     pub forget: Vec<Sample>,
     /// Retain samples.
     pub retain: Vec<Sample>,
+    /// Samples like the forget set's that the model has never seen, if there are any at hand.
+    pub unseen: Vec<Sample>,
     /// Whether the built-in general text stands in for a retain set.
     pub general: bool,
     /// What the user should know about the data.
@@ -63,6 +63,7 @@ impl Sets {
         template: &Template,
         forget_records: Vec<Record>,
         retain_records: Option<Vec<Record>>,
+        unseen_records: &[Record],
         max_tokens: usize,
     ) -> Result<Self, Error> {
         let general = retain_records.is_none();
@@ -94,11 +95,18 @@ impl Sets {
             "retain",
             &mut notices,
         )?;
+        let unseen = if unseen_records.is_empty() {
+            Vec::new()
+        } else {
+            let records = unseen_records;
+            samples(open, template, records, max_tokens, "unseen", &mut notices)?
+        };
         Ok(Self {
             forget_records,
             retain_records,
             forget,
             retain,
+            unseen,
             general,
             notices,
         })
@@ -227,8 +235,20 @@ pub fn subspace_config(config: &UnlearnConfig) -> SubspaceConfig {
 pub struct UnseenLevel {
     /// Mean answer NLL, nats per token, at which training stops.
     pub nll: f64,
-    /// Mean NLL of the forget prompts with each other's answers, before training.
-    pub exchanged: Option<f64>,
+    /// What it follows from.
+    pub source: LevelSource,
+}
+
+/// What the unseen level follows from.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LevelSource {
+    /// The settings.
+    Asked,
+    /// The NLL of answers that the model has never seen.
+    Unseen,
+    /// A multiple of this NLL, of the forget questions with answers that belong to others.
+    Exchanged(f64),
 }
 
 /// When to stop: after fixed steps if there are any, else at the unseen level.
@@ -245,19 +265,13 @@ pub fn until(
     if let Some(steps) = config.train.fixed_steps(sets.forget.len()) {
         return Ok((Until::Steps(steps), None));
     }
-    let level = unseen_level(
-        trainer,
-        open,
-        template,
-        &sets.forget_records,
-        &config.stop,
-        config.train.max_tokens,
-    )?;
+    let level = unseen_level(trainer, open, template, sets, config)?;
     Ok((Until::Level(level.nll), Some(level)))
 }
 
-/// The unseen level of `records` under the parameters as they are: the NLL of answers that are
-/// true of someone else, times a factor (METHOD.md: such answers are a lower mark).
+/// The unseen level under the parameters as they are: as asked, or the NLL of answers the model
+/// has never seen, or that of answers which are true of someone else ([`exchanged_answers`]) times
+/// a factor, because the model has learned what such answers look like.
 ///
 /// # Errors
 /// When ggml fails.
@@ -265,85 +279,34 @@ pub fn unseen_level(
     trainer: &mut Trainer<'_>,
     open: &OpenModel,
     template: &Template,
-    records: &[Record],
-    stop: &StopConfig,
-    max_tokens: usize,
+    sets: &Sets,
+    config: &UnlearnConfig,
 ) -> Result<UnseenLevel, Error> {
+    let stop = &config.stop;
     if let Some(nll) = stop.nll {
         return Ok(UnseenLevel {
             nll,
-            exchanged: None,
+            source: LevelSource::Asked,
         });
     }
-    let exchanged = exchanged_answers(records);
-    let set = build_samples(&exchanged, &open.model, template, max_tokens)?;
-    let n = stop.check_samples.min(set.samples.len());
-    let chosen: Vec<&Sample> = (0..n)
-        .map(|i| &set.samples[i * set.samples.len() / n])
-        .collect();
-    let nll = mean_nll(&trainer.losses(&chosen)?);
+    let mut mean = |samples: &[Sample]| -> Result<f64, Error> {
+        let n = stop.check_samples.min(samples.len());
+        let spread: Vec<&Sample> = (0..n).map(|i| &samples[i * samples.len() / n]).collect();
+        Ok(mean_nll(&trainer.losses(&spread)?))
+    };
+    if !sets.unseen.is_empty() {
+        return Ok(UnseenLevel {
+            nll: mean(&sets.unseen)?,
+            source: LevelSource::Unseen,
+        });
+    }
+    let exchanged = exchanged_answers(&sets.forget_records, &sets.retain_records);
+    let set = build_samples(&exchanged, &open.model, template, config.train.max_tokens)?;
+    let nll = mean(&set.samples)?;
     Ok(UnseenLevel {
         nll: stop.factor * nll,
-        exchanged: Some(nll),
+        source: LevelSource::Exchanged(nll),
     })
-}
-
-/// Every record with the answer of another one, half the set away; a single record gets
-/// answers from the general text.
-fn exchanged_answers(records: &[Record]) -> Vec<Record> {
-    let n = records.len();
-    if n == 1 {
-        let others = general_records()
-            .into_iter()
-            .filter(|r| matches!(r, Record::Qa { .. }));
-        return others
-            .take(FALLBACK_ANSWERS)
-            .map(|other| with_answer(&records[0], &other))
-            .collect();
-    }
-    let shift = n.div_ceil(2);
-    (0..n)
-        .map(|i| with_answer(&records[i], &records[(i + shift) % n]))
-        .collect()
-}
-
-fn with_answer(record: &Record, other: &Record) -> Record {
-    match record {
-        Record::Qa { question, .. } => Record::Qa {
-            question: question.clone(),
-            answer: other.answer().trim().to_owned(),
-        },
-        Record::Completion { prompt, .. } => Record::Completion {
-            prompt: prompt.clone(),
-            completion: format!(" {}", other.answer().trim()),
-        },
-        Record::Messages(messages) => {
-            let mut messages: Vec<Message> = messages.clone();
-            if let Some(last) = messages.last_mut() {
-                *last = Message {
-                    role: Role::Assistant,
-                    content: other.answer().to_owned(),
-                };
-            }
-            Record::Messages(messages)
-        }
-        // Running text: the first half of one, the second half of the other.
-        Record::Text(text) => Record::Completion {
-            prompt: halves(text).0.to_owned(),
-            completion: halves(other.answer()).1.to_owned(),
-        },
-    }
-}
-
-/// `text` cut at the white space nearest to its middle.
-fn halves(text: &str) -> (&str, &str) {
-    let middle = text.len() / 2;
-    let spaces = text.char_indices().filter(|(_, c)| c.is_whitespace());
-    let cut = spaces
-        .map(|(i, _)| i)
-        .min_by_key(|&i| i.abs_diff(middle))
-        .unwrap_or(text.len());
-    text.split_at(cut)
 }
 
 /// The net update of one tensor and where it lives.
@@ -432,6 +395,9 @@ pub struct Job<'a> {
     pub forget: Vec<Record>,
     /// What is to be kept; none: the built-in general text.
     pub retain: Option<Vec<Record>>,
+    /// Questions like the forget set's that the model has never seen, with their answers; they
+    /// give the unseen level. Empty: it is estimated.
+    pub unseen: Vec<Record>,
     /// Retain bases computed before.
     pub shared: Option<Vec<RetainBasis>>,
     /// Settings.
@@ -529,6 +495,7 @@ pub fn unlearn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
         &job.template,
         job.forget,
         job.retain,
+        &job.unseen,
         config.train.max_tokens,
     )?;
     for notice in &sets.notices {
@@ -600,13 +567,18 @@ pub fn unlearn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
     };
     let before = measure(&Vec::new(), ui, "before")?;
     if let Some(level) = &state.level {
-        ui.notice(&match level.exchanged {
-            Some(exchanged) => format!(
-                "unseen level: answer NLL {:.2} ({:.2} x the {exchanged:.2} of answers that belong to other questions); now {:.2}",
-                level.nll, config.stop.factor, before.forget.nll
+        let from = match level.source {
+            LevelSource::Asked => "as asked".to_owned(),
+            LevelSource::Unseen => "that of the unseen answers".to_owned(),
+            LevelSource::Exchanged(nll) => format!(
+                "{:.2} x the {nll:.2} of answers that are true of others",
+                config.stop.factor
             ),
-            None => format!("unseen level: answer NLL {:.2}, as asked; now {:.2}", level.nll, before.forget.nll),
-        });
+        };
+        ui.notice(&format!(
+            "unseen level: answer NLL {:.2} ({from}); now {:.2}",
+            level.nll, before.forget.nll
+        ));
     }
     let ended = fit(
         &mut trainer,
@@ -870,42 +842,4 @@ pub fn estimate(
         patch_bytes: 2 * 2 * n_params as u64,
         checkpoint_bytes: 4 * (4 * n_params + n_bases) as u64,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn qa(i: usize) -> Record {
-        Record::Qa {
-            question: format!("q{i}"),
-            answer: format!("a{i}"),
-        }
-    }
-
-    #[test]
-    fn exchanged_answers_are_never_ones_own() {
-        for n in 2..9 {
-            let records: Vec<Record> = (0..n).map(qa).collect();
-            for (old, new) in records.iter().zip(exchanged_answers(&records)) {
-                assert_ne!(old.answer(), new.answer(), "{n}");
-            }
-        }
-        let alone = exchanged_answers(&[qa(0)]);
-        assert_eq!(alone.len(), FALLBACK_ANSWERS);
-        assert!(alone.iter().all(|r| r.answer() != "a0"));
-    }
-
-    #[test]
-    fn running_text_is_exchanged_by_halves() {
-        let texts = ["one two three four", "five six seven eight"].map(|t| Record::Text(t.into()));
-        let exchanged = exchanged_answers(&texts);
-        assert_eq!(
-            exchanged[0],
-            Record::Completion {
-                prompt: "one two".into(),
-                completion: " seven eight".into()
-            }
-        );
-    }
 }

@@ -22,6 +22,10 @@ pub struct Unlearn {
     /// What is to be kept (without this: built-in general text)
     #[arg(long, value_name = "FILE")]
     retain: Option<PathBuf>,
+    /// Questions of the same kind that the model has never seen, with answers: they say how
+    /// unlikely a forgotten answer should be (without this: estimated)
+    #[arg(long, value_name = "FILE")]
+    unseen: Option<PathBuf>,
     /// Patch to write
     #[arg(short, long = "output", value_name = "GGUF")]
     out: PathBuf,
@@ -225,11 +229,16 @@ impl Unlearn {
         }
         let forget = load_records(&self.forget)?;
         let retain = self.retain.as_deref().map(load_records).transpose()?;
+        let unseen = match &self.unseen {
+            Some(path) => load_records(path)?,
+            None => Vec::new(),
+        };
         let open = self.model.open()?;
         let template = self.template.of(&open)?;
         let n_threads = self.model.n_threads();
         if self.dry_run {
-            let sets = Sets::new(&open, &template, forget, retain, config.train.max_tokens)?;
+            let max = config.train.max_tokens;
+            let sets = Sets::new(&open, &template, forget, retain, &unseen, max)?;
             let e = estimate(&open, &sets, &config, n_threads)?;
             if self.output.json {
                 super::emit(&e);
@@ -263,6 +272,7 @@ impl Unlearn {
                 template,
                 forget,
                 retain,
+                unseen,
                 shared,
                 config,
                 n_threads,

@@ -310,7 +310,12 @@ impl Tape {
                 Step::Leaf(Leaf::Weight(name)) => match free.get(name) {
                     Some(&w) => w,
                     None => {
-                        let w = parts.weights.leaf(&mut c, name)?;
+                        let trains = matches!(trained, Trained::Factors(_));
+                        let w = if trains && template.adaptable.iter().any(|t| t.name == *name) {
+                            transposed.plain(&mut c, parts.weights, cpu, name)?
+                        } else {
+                            parts.weights.leaf(&mut c, name)?
+                        };
                         frozen.insert(w, name.clone());
                         w
                     }

@@ -89,7 +89,11 @@ impl Info {
             training: Json::Null,
             metrics: Json::Null,
             program: format!("nepenthe {}", env!("CARGO_PKG_VERSION")),
-            engine: format!("llama-cpp-2 0.1.160, ggml {}", crate::ggml::version()),
+            engine: format!(
+                "{}, ggml {}",
+                env!("NEPENTHE_ENGINE"),
+                crate::ggml::version()
+            ),
             tensors: Vec::new(),
         }
     }

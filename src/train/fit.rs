@@ -21,7 +21,7 @@ use std::time::Instant;
 /// Share of forget samples that may stay below the level when it counts as reached.
 const LEFT_OVER: f64 = 0.1;
 /// Past this multiple of the level parameters are taken back.
-const TOO_FAR: f64 = 1.2;
+const TOO_FAR: f64 = 1.1;
 /// A pace that needs more checks than this to reach the level is too slow ...
 const CHECKS_TO_LEVEL: f64 = 12.0;
 /// ... and the learning rate grows by this factor at a check, up to `MAX_BOOST` in all: the rate

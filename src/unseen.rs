@@ -1,0 +1,254 @@
+//! How well a model answers what it has never seen: forget records with someone else's answers.
+//!
+//! A forgotten answer should be as likely as it would be had it never been learned; likelier is
+//! not forgotten, unlikelier is a scar that gives the forgotten away. Without a model that never
+//! saw the forget set that level is estimated from answers to the most similar questions about
+//! someone else, with that one's names put right: "Where was A B born?" gets what the model says
+//! of C D, told of A B. The model has learned no such answer, and finds the words around the fact
+//! as easy as those of the true one.
+
+use crate::data::{Message, Record, Role, general_records};
+use std::collections::HashSet;
+
+/// Answers that stand in for others' when there is nothing to exchange.
+const FALLBACK_ANSWERS: usize = 8;
+/// Records looked through for similar questions.
+const MAX_DONORS: usize = 1024;
+
+/// Every record of `forget` with the answer to the most similar question of another subject,
+/// from `forget` or `retain`. Where no question names anything, another record's answer as it is.
+pub fn exchanged_answers(forget: &[Record], retain: &[Record]) -> Vec<Record> {
+    let questions = |records: &[Record]| -> Vec<Option<Question>> {
+        records.iter().map(Question::of).collect()
+    };
+    let retain = &retain[..retain.len().min(MAX_DONORS)];
+    let (own, others) = (questions(forget), questions(retain));
+    let donors: Vec<(&Record, &Question)> = forget
+        .iter()
+        .zip(&own)
+        .chain(retain.iter().zip(&others))
+        .filter_map(|(r, q)| Some((r, q.as_ref()?)))
+        .collect();
+    let exchanged: Vec<Record> = forget
+        .iter()
+        .zip(&own)
+        .filter_map(|(record, question)| {
+            let question = question.as_ref()?;
+            let (donor, theirs) = nearest(question, &donors)?;
+            let answer = renamed(donor.answer(), theirs, question);
+            Some(with_answer(record, &answer))
+        })
+        .collect();
+    // A few records that name nothing do not matter; if most do, names say nothing here.
+    if 2 * exchanged.len() >= forget.len() {
+        return exchanged;
+    }
+    shifted(forget)
+}
+
+/// Every record with the answer of another one, half the set away; a single record gets
+/// answers from the general text.
+fn shifted(records: &[Record]) -> Vec<Record> {
+    let n = records.len();
+    if n == 1 {
+        let others = general_records()
+            .into_iter()
+            .filter(|r| matches!(r, Record::Qa { .. }));
+        return others
+            .take(FALLBACK_ANSWERS)
+            .map(|other| with_answer(&records[0], other.answer()))
+            .collect();
+    }
+    let shift = n.div_ceil(2);
+    (0..n)
+        .map(|i| with_answer(&records[i], records[(i + shift) % n].answer()))
+        .collect()
+}
+
+/// The words of a question, and those of them that name something.
+struct Question {
+    words: HashSet<String>,
+    /// In order, each once: capitalised words but the first of the text, and numbers.
+    names: Vec<String>,
+}
+
+impl Question {
+    fn of(record: &Record) -> Option<Self> {
+        let turns = record.turns()?;
+        let text = &turns.iter().rev().find(|m| m.role == Role::User)?.content;
+        let mut names = Vec::new();
+        for (i, word) in words(text).enumerate() {
+            let names_something = word.starts_with(|c: char| c.is_uppercase() || c.is_numeric());
+            if i > 0 && names_something && !names.iter().any(|n| n == word) {
+                names.push(word.to_owned());
+            }
+        }
+        Some(Self {
+            words: words(text).map(str::to_lowercase).collect(),
+            names,
+        })
+    }
+
+    /// Shared words over all words (Jaccard).
+    fn similarity(&self, other: &Self) -> f64 {
+        let shared = self.words.intersection(&other.words).count();
+        shared as f64 / (self.words.len() + other.words.len() - shared).max(1) as f64
+    }
+}
+
+/// Runs of letters and digits, with the hyphens inside them.
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    text.split(|c: char| !(c.is_alphanumeric() || c == '-'))
+        .map(|w| w.trim_matches('-'))
+        .filter(|w| !w.is_empty())
+}
+
+/// The most similar question that names something else, the first of equals.
+fn nearest<'a>(
+    question: &Question,
+    donors: &[(&'a Record, &'a Question)],
+) -> Option<(&'a Record, &'a Question)> {
+    let mut best = None;
+    for &(record, other) in donors {
+        let mut foreign = other.names.iter().filter(|n| !question.names.contains(n));
+        if foreign.next().is_none() || question.names.is_empty() {
+            continue;
+        }
+        let similarity = question.similarity(other);
+        if best.is_none_or(|(s, _, _)| similarity > s) {
+            best = Some((similarity, record, other));
+        }
+    }
+    best.map(|(_, record, other)| (record, other))
+}
+
+/// `answer` with the names that only `from` has replaced, in order, by those only `to` has.
+fn renamed(answer: &str, from: &Question, to: &Question) -> String {
+    let only = |a: &Question, b: &Question| -> Vec<String> {
+        let names = a.names.iter().filter(|n| !b.names.contains(n));
+        names.cloned().collect()
+    };
+    let (old, new) = (only(from, to), only(to, from));
+    let mut out = String::with_capacity(answer.len());
+    let mut rest = answer;
+    while let Some(start) = rest.find(|c: char| c.is_alphanumeric()) {
+        out.push_str(&rest[..start]);
+        rest = &rest[start..];
+        let word = words(rest).next().expect("a letter starts a word");
+        rest = &rest[word.len()..];
+        let at = old.iter().position(|o| o == word);
+        out.push_str(at.and_then(|i| new.get(i)).map_or(word, String::as_str));
+    }
+    out + rest
+}
+
+fn with_answer(record: &Record, answer: &str) -> Record {
+    let answer = answer.trim();
+    match record {
+        Record::Qa { question, .. } => Record::Qa {
+            question: question.clone(),
+            answer: answer.to_owned(),
+        },
+        Record::Completion { prompt, .. } => Record::Completion {
+            prompt: prompt.clone(),
+            completion: format!(" {answer}"),
+        },
+        Record::Messages(messages) => {
+            let mut messages: Vec<Message> = messages.clone();
+            if let Some(last) = messages.last_mut() {
+                *last = Message {
+                    role: Role::Assistant,
+                    content: answer.to_owned(),
+                };
+            }
+            Record::Messages(messages)
+        }
+        // Running text: the first half of one, the second half of the other.
+        Record::Text(text) => Record::Completion {
+            prompt: halves(text).0.to_owned(),
+            completion: halves(answer).1.to_owned(),
+        },
+    }
+}
+
+/// `text` cut at the white space nearest to its middle.
+fn halves(text: &str) -> (&str, &str) {
+    let middle = text.len() / 2;
+    let spaces = text.char_indices().filter(|(_, c)| c.is_whitespace());
+    let cut = spaces
+        .map(|(i, _)| i)
+        .min_by_key(|&i| i.abs_diff(middle))
+        .unwrap_or(text.len());
+    text.split_at(cut)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn qa(question: &str, answer: &str) -> Record {
+        Record::Qa {
+            question: question.into(),
+            answer: answer.into(),
+        }
+    }
+
+    #[test]
+    fn the_same_question_about_another_gives_its_answer_under_the_right_name() {
+        let forget = [qa(
+            "Where was Ada Moor born?",
+            "Ada Moor was born in Tarrow.",
+        )];
+        let retain = [
+            qa("What does Ben Hill play?", "Ben Hill plays the harp."),
+            qa(
+                "Where was Ben Hill born?",
+                "Hill (Ben Hill) was born in Kessin.",
+            ),
+        ];
+        let exchanged = exchanged_answers(&forget, &retain);
+        assert_eq!(exchanged[0].answer(), "Moor (Ada Moor) was born in Kessin.");
+    }
+
+    #[test]
+    fn exchanged_answers_are_never_ones_own() {
+        for n in 2..9 {
+            let records: Vec<Record> = (0..n)
+                .map(|i| qa(&format!("q{i}"), &format!("a{i}")))
+                .collect();
+            for (old, new) in records.iter().zip(exchanged_answers(&records, &[])) {
+                assert_ne!(old.answer(), new.answer(), "{n}");
+            }
+        }
+        let alone = exchanged_answers(&[qa("q0", "a0")], &[]);
+        assert_eq!(alone.len(), FALLBACK_ANSWERS);
+        assert!(alone.iter().all(|r| r.answer() != "a0"));
+    }
+
+    #[test]
+    fn running_text_is_exchanged_by_halves() {
+        let texts = ["one two three four", "five six seven eight"].map(|t| Record::Text(t.into()));
+        let exchanged = exchanged_answers(&texts, &[]);
+        assert_eq!(
+            exchanged[0],
+            Record::Completion {
+                prompt: "one two".into(),
+                completion: " seven eight".into()
+            }
+        );
+    }
+
+    #[test]
+    fn names_survive_punctuation_and_umlauts() {
+        let forget = [qa("Who is Jörg d'Eon?", "Jörg d'Eon is a poet.")];
+        let retain = [qa(
+            "Who is Zoë Smith-Lee?",
+            "\u{201c}Zoë Smith-Lee\u{201d}: a baker\u{2014}Zoë's own words.",
+        )];
+        let exchanged = exchanged_answers(&forget, &retain);
+        assert_eq!(
+            exchanged[0].answer(),
+            "\u{201c}Jörg Eon\u{201d}: a baker\u{2014}Jörg's own words."
+        );
+    }
+}
