@@ -2,11 +2,13 @@
 
 use crate::atomic::AtomicError;
 use crate::data::{DataError, Overlap};
+use crate::eval::tofu_log::LogError;
 use crate::ggml::{DecodeError, LlamaError, OpError, QuantError};
 use crate::gguf::GgufError;
 use crate::graph::GraphError;
 use crate::patch::PatchError;
 use crate::project::ProjectError;
+use crate::score::tofu::PartialError;
 use crate::subspace::SubspaceError;
 use crate::subspace_file::SubspaceFileError;
 use crate::train::checkpoint::CheckpointError;
@@ -56,6 +58,25 @@ pub enum Error {
         checkpoint: PathBuf,
         /// Steps taken.
         step: u64,
+    },
+    /// A TOFU log that was refused.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// A partial log that was refused.
+    #[error(transparent)]
+    Partial(#[from] PartialError),
+    /// The user interrupted an evaluation that can go on.
+    #[error(
+        "interrupted after {done} of {total} questions, which {} holds; --resume does the rest",
+        partial.display()
+    )]
+    Stopped {
+        /// Its partial log.
+        partial: PathBuf,
+        /// Questions kept.
+        done: usize,
+        /// Questions in all.
+        total: usize,
     },
     /// No tensor has a direction that sets the forget set apart.
     #[error(
@@ -158,7 +179,9 @@ impl Error {
             }
             Self::Checkpoint(CheckpointError::Other { .. }) => 4,
             Self::Config { .. } => 2,
-            Self::Interrupted { .. } => 130,
+            Self::Interrupted { .. } | Self::Stopped { .. } => 130,
+            Self::Partial(PartialError::Other { .. }) => 4,
+            Self::Log(_) | Self::Partial(_) => 3,
             Self::NothingToTrain => 2,
             Self::SubspaceFile(SubspaceFileError::Base { .. }) => 4,
             Self::SubspaceFile(_) => 3,

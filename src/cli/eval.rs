@@ -1,6 +1,7 @@
 //! `nepenthe eval`.
 
 use super::common::{AdapterArgs, ModelArgs, Output, TemplateArg};
+use super::eval_tofu::{Shared, TofuArgs};
 use crate::data::load_records;
 use crate::error::Error;
 use crate::ggml::{Context, ContextOptions};
@@ -9,9 +10,9 @@ use crate::score::{evaluate, perplexity};
 use clap::Args;
 use std::path::{Path, PathBuf};
 
-/// Measure answers or perplexity
+/// Measure answers, perplexity, or TOFU's scores
 #[derive(Debug, Args)]
-#[command(group(clap::ArgGroup::new("what").required(true).args(["data", "text"])))]
+#[command(group(clap::ArgGroup::new("what").required(true).args(["data", "text", "tofu"])))]
 pub struct Eval {
     #[command(flatten)]
     model: ModelArgs,
@@ -25,7 +26,9 @@ pub struct Eval {
     /// Running text: print its perplexity
     #[arg(long)]
     text: Option<PathBuf>,
-    /// Only the first N records
+    #[command(flatten)]
+    tofu: TofuArgs,
+    /// Only the first N records (of each of TOFU's sets)
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
     /// Only the first N tokens of the text
@@ -49,6 +52,18 @@ pub struct Eval {
 
 impl Eval {
     pub(super) fn run(&self) -> Result<(), Error> {
+        if let Some(dir) = &self.tofu.tofu {
+            let shared = Shared {
+                model: &self.model,
+                adapters: &self.adapters,
+                template: &self.template,
+                limit: self.limit,
+                max_tokens: self.max_tokens,
+                generate: !self.no_generate,
+                output: self.output,
+            };
+            return self.tofu.run(dir, &shared);
+        }
         let open = self.model.open()?;
         let adapters = self.adapters.open(&open)?;
         let mut progress = Progress::new("scoring", self.output.quiet || self.output.json);

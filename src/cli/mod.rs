@@ -4,10 +4,13 @@ mod check;
 mod common;
 mod demo;
 mod eval;
+mod eval_tofu;
 mod inspect;
+mod interrupt;
 mod learn;
 mod merge;
 mod run;
+mod score;
 mod subspace;
 mod train_ui;
 mod unlearn;
@@ -33,7 +36,8 @@ enum Command {
     Subspace(subspace::Subspace),
     Learn(learn::Learn),
     Run(run::Run),
-    Eval(eval::Eval),
+    Eval(Box<eval::Eval>),
+    Score(score::Score),
     Merge(merge::Merge),
     Inspect(inspect::Inspect),
     Check(check::Check),
@@ -52,6 +56,7 @@ impl Cli {
             Command::Learn(c) => c.run(),
             Command::Run(c) => c.run(),
             Command::Eval(c) => c.run(),
+            Command::Score(c) => c.run(),
             Command::Merge(c) => c.run(),
             Command::Inspect(c) => c.run(),
             Command::Check(c) => c.run(),

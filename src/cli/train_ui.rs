@@ -1,5 +1,6 @@
 //! What a long training run shows, logs and listens to.
 
+use super::interrupt;
 use crate::error::Error;
 use crate::progress::Progress;
 use crate::train::fit::{Event, Watch};
@@ -7,25 +8,6 @@ use crate::unlearn::Ui;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-static STOP: AtomicBool = AtomicBool::new(false);
-
-/// The first Ctrl-C asks the run to stop after its step, the second ends the process.
-fn listen() {
-    static ONCE: OnceLock<()> = OnceLock::new();
-    ONCE.get_or_init(|| {
-        let heard = ctrlc::set_handler(|| {
-            if STOP.swap(true, Ordering::SeqCst) {
-                std::process::exit(130);
-            }
-            eprintln!("\nstopping after this step (once more: at once)");
-        });
-        // Without a handler the system's own applies: the run ends at once.
-        let _ = heard;
-    });
-}
 
 /// Progress line, notices and JSON-lines log.
 pub struct TrainUi {
@@ -42,7 +24,7 @@ impl TrainUi {
     /// # Errors
     /// A log that cannot be made.
     pub fn new(quiet: bool, log: Option<&Path>) -> Result<Self, Error> {
-        listen();
+        interrupt::listen("stopping after this step");
         let log = match log {
             Some(path) => {
                 let file = File::options().create(true).append(true).open(path);
@@ -141,7 +123,7 @@ impl Watch for TrainUi {
     }
 
     fn stop(&self) -> bool {
-        STOP.load(Ordering::SeqCst)
+        interrupt::asked()
     }
 }
 

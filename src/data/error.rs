@@ -122,6 +122,14 @@ pub enum RecordProblem {
         /// The key that is not.
         missing: &'static str,
     },
+    /// A key that this kind of file must have.
+    #[error("wanted `{key}`, found {found}")]
+    MissingKey {
+        /// The key.
+        key: &'static str,
+        /// The keys it has.
+        found: String,
+    },
     /// A value of the wrong type.
     #[error("wanted {wanted} in `{key}`, found {found}")]
     WrongType {

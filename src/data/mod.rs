@@ -9,12 +9,14 @@ mod record;
 mod sample;
 mod set;
 mod template;
+mod tofu;
 
 pub use error::{DataError, RecordProblem};
 pub use record::{Message, Record, Role, load_lines, load_records, parse_json, parse_text};
 pub use sample::{Sample, SampleSet, Tokenize, TokenizeError, build_prompt, build_samples};
 pub use set::{Overlap, overlap, salted_hash};
 pub use template::{ChatTemplate, Template};
+pub use tofu::{TofuQuestion, load_tofu};
 
 /// General English prose and question/answer pairs written for this project, one paragraph per
 /// record. Stands in for the retain set when the user gives none.

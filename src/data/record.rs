@@ -141,7 +141,7 @@ fn is_json(path: &Path) -> bool {
         })
 }
 
-fn read_text(path: &Path) -> Result<String, DataError> {
+pub(super) fn read_text(path: &Path) -> Result<String, DataError> {
     let bytes = std::fs::read(path).map_err(|source| DataError::Read {
         path: path.into(),
         source,
@@ -196,6 +196,15 @@ pub fn parse_text(text: &str) -> Vec<String> {
 /// Parses JSON Lines, a JSON array of records, or one record written over several lines.
 /// `path` is for error messages only.
 pub fn parse_json(text: &str, path: &Path) -> Result<Vec<Record>, DataError> {
+    parse_objects(text, path, record)
+}
+
+/// [`parse_json`] for any kind of record: `make` turns one JSON value into it.
+pub(super) fn parse_objects<T>(
+    text: &str,
+    path: &Path,
+    make: impl Fn(Value) -> Result<T, RecordProblem>,
+) -> Result<Vec<T>, DataError> {
     let body = text.trim_start();
     let first_line = line_at(text.as_bytes(), text.len() - body.len());
     let whole_file_is_one_value = body.starts_with('[')
@@ -204,7 +213,7 @@ pub fn parse_json(text: &str, path: &Path) -> Result<Vec<Record>, DataError> {
                 serde_json::from_str::<&RawValue>(line).is_err_and(|e| e.is_eof())
             }));
     if whole_file_is_one_value {
-        match parse_one_value(text, path) {
+        match parse_one_value(text, path, &make) {
             // A first line cut off in mid-value may also be a damaged JSON Lines file.
             Err(DataError::Json { .. }) if body.starts_with('{') => {}
             parsed => return parsed,
@@ -217,13 +226,17 @@ pub fn parse_json(text: &str, path: &Path) -> Result<Vec<Record>, DataError> {
         }
         let value: Value =
             serde_json::from_str(line).map_err(|source| json_error(path, i + 1, line, source))?;
-        records.push(record(value).map_err(|problem| at(path, i + 1, problem))?);
+        records.push(make(value).map_err(|problem| at(path, i + 1, problem))?);
     }
     Ok(records)
 }
 
 /// The whole text as one JSON value: an array of records or a single record.
-fn parse_one_value(text: &str, path: &Path) -> Result<Vec<Record>, DataError> {
+fn parse_one_value<T>(
+    text: &str,
+    path: &Path,
+    make: &impl Fn(Value) -> Result<T, RecordProblem>,
+) -> Result<Vec<T>, DataError> {
     let broken = |source: serde_json::Error| {
         let line = source.line().max(1);
         json_error(path, line, text.lines().nth(line - 1).unwrap_or(""), source)
@@ -241,7 +254,7 @@ fn parse_one_value(text: &str, path: &Path) -> Result<Vec<Record>, DataError> {
         line += line_at(&text.as_bytes()[seen..], start - seen) - 1;
         seen = start;
         let value: Value = serde_json::from_str(raw.get()).map_err(broken)?;
-        records.push(record(value).map_err(|problem| at(path, line, problem))?);
+        records.push(make(value).map_err(|problem| at(path, line, problem))?);
     }
     Ok(records)
 }
@@ -306,14 +319,19 @@ fn record(value: Value) -> Result<Record, RecordProblem> {
     if let Some((present, missing)) = halves.into_iter().find(|(key, _)| map.contains_key(*key)) {
         return Err(RecordProblem::HalfPair { present, missing });
     }
-    let keys: Vec<String> = map.keys().take(8).map(|key| format!("`{key}`")).collect();
     Err(RecordProblem::UnknownKeys {
-        found: if keys.is_empty() {
-            "no keys".to_owned()
-        } else {
-            keys.join(", ")
-        },
+        found: keys_of(&map),
     })
+}
+
+/// The first few keys, for messages.
+pub(super) fn keys_of(map: &Map<String, Value>) -> String {
+    let keys: Vec<String> = map.keys().take(8).map(|key| format!("`{key}`")).collect();
+    if keys.is_empty() {
+        "no keys".to_owned()
+    } else {
+        keys.join(", ")
+    }
 }
 
 fn parse_messages(value: &Value) -> Result<Record, RecordProblem> {
@@ -371,7 +389,7 @@ fn parse_messages(value: &Value) -> Result<Record, RecordProblem> {
     }
 }
 
-fn text_at(
+pub(super) fn text_at(
     map: &Map<String, Value>,
     key: &'static str,
     needs_text: bool,
@@ -389,7 +407,7 @@ fn text_at(
     }
 }
 
-fn type_name(value: &Value) -> &'static str {
+pub(super) fn type_name(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",

@@ -38,6 +38,16 @@ impl Split {
         Split::Forget,
     ];
 
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Split::Retain => "retain",
+            Split::RealAuthors => "real authors",
+            Split::WorldFacts => "world facts",
+            Split::Forget => "forget",
+        }
+    }
+
     /// The split's key in `eval_log_aggregated.json`.
     pub fn official_key(self) -> &'static str {
         match self {
@@ -85,8 +95,8 @@ pub struct Example {
     pub perturbed: Vec<AnswerLoss>,
     /// ROUGE-1 recall of the greedy answer, where kept.
     pub rouge_1_recall: Option<f64>,
-    /// ROUGE-L recall of the greedy answer.
-    pub rouge_l_recall: f64,
+    /// ROUGE-L recall of the greedy answer, where one was written.
+    pub rouge_l_recall: Option<f64>,
 }
 
 impl Example {
@@ -109,8 +119,8 @@ impl Example {
 pub struct SplitScores {
     /// Mean answer probability, normalised over choices where there are any.
     pub prob: f64,
-    /// Mean ROUGE-L recall.
-    pub rouge_l: f64,
+    /// Mean ROUGE-L recall, where every question has one.
+    pub rouge_l: Option<f64>,
     /// Aggregated truth ratio.
     pub truth_ratio: f64,
 }
@@ -125,7 +135,11 @@ pub fn split_scores(split: Split, examples: &[Example]) -> SplitScores {
         } else {
             over(&|example| example.answer.prob())
         },
-        rouge_l: over(&|example| example.rouge_l_recall),
+        rouge_l: examples
+            .iter()
+            .map(|example| example.rouge_l_recall)
+            .collect::<Option<Vec<f64>>>()
+            .map(|recalls| mean(&recalls)),
         truth_ratio: over(&|example| {
             let t = example.truth_ratio();
             if split == Split::Forget {
@@ -163,32 +177,33 @@ impl Summary {
         summary
     }
 
-    fn split(&self, split: Split) -> Result<SplitScores, LogError> {
-        self.splits[split as usize].ok_or(LogError::MissingSplit { split })
-    }
-
-    fn truth_ratios(&self) -> Result<&[f64], LogError> {
+    /// t of every forget question.
+    ///
+    /// # Errors
+    /// A log without them.
+    pub fn truth_ratios(&self) -> Result<&[f64], LogError> {
         self.forget_truth_ratios
             .as_deref()
             .ok_or(LogError::MissingTruthRatios)
     }
 }
 
-/// TOFU's result for one model. The nine parts of model utility come first.
+/// TOFU's result for one model; `None` is what its log does not say. The nine parts of model
+/// utility come first.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct TofuScores {
-    pub retain_prob: f64,
-    pub retain_rouge_l: f64,
-    pub retain_truth_ratio: f64,
-    pub real_authors_prob: f64,
-    pub real_authors_rouge_l: f64,
-    pub real_authors_truth_ratio: f64,
-    pub world_facts_prob: f64,
-    pub world_facts_rouge_l: f64,
-    pub world_facts_truth_ratio: f64,
-    /// Harmonic mean of the nine.
-    pub model_utility: f64,
+    pub retain_prob: Option<f64>,
+    pub retain_rouge_l: Option<f64>,
+    pub retain_truth_ratio: Option<f64>,
+    pub real_authors_prob: Option<f64>,
+    pub real_authors_rouge_l: Option<f64>,
+    pub real_authors_truth_ratio: Option<f64>,
+    pub world_facts_prob: Option<f64>,
+    pub world_facts_rouge_l: Option<f64>,
+    pub world_facts_truth_ratio: Option<f64>,
+    /// Harmonic mean of the nine, when all are there.
+    pub model_utility: Option<f64>,
     /// The forget split, where measured.
     pub forget: Option<SplitScores>,
     /// p-value against the retain model, where one was given.
@@ -201,7 +216,7 @@ pub struct TofuScores {
 
 impl TofuScores {
     /// The parts of model utility, in the order of the fields.
-    pub fn nine(&self) -> [f64; 9] {
+    pub fn nine(&self) -> [Option<f64>; 9] {
         [
             self.retain_prob,
             self.retain_rouge_l,
@@ -217,10 +232,27 @@ impl TofuScores {
 }
 
 /// Scores a model's log; forget quality needs a retain model's log of the same questions.
+///
+/// # Errors
+/// A log without one of the nine parts, or two logs that cannot be compared.
 pub fn score(log: &Summary, retain_log: Option<&Summary>) -> Result<TofuScores, LogError> {
-    let retain = log.split(Split::Retain)?;
-    let real_authors = log.split(Split::RealAuthors)?;
-    let world_facts = log.split(Split::WorldFacts)?;
+    for split in [Split::Retain, Split::RealAuthors, Split::WorldFacts] {
+        let scores = log.splits[split as usize].ok_or(LogError::MissingSplit { split })?;
+        if scores.rouge_l.is_none() {
+            return Err(LogError::MissingMetric {
+                place: split.official_key().to_owned(),
+                metric: "rougeL_recall",
+            });
+        }
+    }
+    score_present(log, retain_log)
+}
+
+/// As [`score`], of whatever parts the log holds.
+///
+/// # Errors
+/// Two logs that cannot be compared.
+pub fn score_present(log: &Summary, retain_log: Option<&Summary>) -> Result<TofuScores, LogError> {
     let test = match retain_log {
         None => None,
         Some(reference) => {
@@ -234,22 +266,27 @@ pub fn score(log: &Summary, retain_log: Option<&Summary>) -> Result<TofuScores, 
             Some(ks_2samp(ours, theirs).map_err(|source| LogError::Test { source })?)
         }
     };
+    let of = |split: Split| log.splits[split as usize];
+    let prob = |split| of(split).map(|scores| scores.prob);
+    let rouge_l = |split| of(split).and_then(|scores| scores.rouge_l);
+    let truth_ratio = |split| of(split).map(|scores| scores.truth_ratio);
     let mut scores = TofuScores {
-        retain_prob: retain.prob,
-        retain_rouge_l: retain.rouge_l,
-        retain_truth_ratio: retain.truth_ratio,
-        real_authors_prob: real_authors.prob,
-        real_authors_rouge_l: real_authors.rouge_l,
-        real_authors_truth_ratio: real_authors.truth_ratio,
-        world_facts_prob: world_facts.prob,
-        world_facts_rouge_l: world_facts.rouge_l,
-        world_facts_truth_ratio: world_facts.truth_ratio,
-        model_utility: f64::NAN,
-        forget: log.splits[Split::Forget as usize],
+        retain_prob: prob(Split::Retain),
+        retain_rouge_l: rouge_l(Split::Retain),
+        retain_truth_ratio: truth_ratio(Split::Retain),
+        real_authors_prob: prob(Split::RealAuthors),
+        real_authors_rouge_l: rouge_l(Split::RealAuthors),
+        real_authors_truth_ratio: truth_ratio(Split::RealAuthors),
+        world_facts_prob: prob(Split::WorldFacts),
+        world_facts_rouge_l: rouge_l(Split::WorldFacts),
+        world_facts_truth_ratio: truth_ratio(Split::WorldFacts),
+        model_utility: None,
+        forget: of(Split::Forget),
         forget_quality: test.map(|test| test.p),
         forget_quality_ln: test.map(|test| test.ln_p),
         forget_ks: test.map(|test| test.statistic),
     };
-    scores.model_utility = harmonic_mean(&scores.nine());
+    let nine: Option<Vec<f64>> = scores.nine().into_iter().collect();
+    scores.model_utility = nine.map(|nine| harmonic_mean(&nine));
     Ok(scores)
 }

@@ -25,12 +25,14 @@ pub(super) fn summary(log: &Map<String, Value>) -> Result<Summary, LogError> {
     };
     let mut summary = Summary::default();
     for (names, slot) in METRICS.iter().zip(&mut summary.splits) {
-        let [Some(prob), Some(rouge), Some(ratio)] = names.map(find) else {
+        let [Some(prob), rouge, Some(ratio)] = names.map(find) else {
             continue;
         };
         *slot = Some(SplitScores {
             prob: aggregate(prob, names[0], "prob")?,
-            rouge_l: aggregate(rouge, names[1], "rougeL_recall")?,
+            rouge_l: rouge
+                .map(|rouge| aggregate(rouge, names[1], "rougeL_recall"))
+                .transpose()?,
             truth_ratio: aggregate(ratio, names[2], "")?,
         });
     }
@@ -105,10 +107,12 @@ pub fn to_open_unlearning(examples: &Examples) -> Value {
             None => json!({"rougeL_recall": e.rouge_l_recall}),
         });
         let ratio = by_index(&|e| json!({"score": 1.0 / e.truth_ratio()}));
-        let aggregates = [scores.prob, scores.rouge_l, scores.truth_ratio];
+        let aggregates = [Some(scores.prob), scores.rouge_l, Some(scores.truth_ratio)];
         for ((name, agg_value), value_by_index) in
             names.into_iter().zip(aggregates).zip([prob, rouge, ratio])
         {
+            // What was never measured is left out.
+            let Some(agg_value) = agg_value else { continue };
             let metric = json!({"agg_value": agg_value, "value_by_index": value_by_index});
             log.insert(name.to_owned(), metric);
         }

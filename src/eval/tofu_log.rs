@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use crate::atomic::{AtomicError, write_atomic};
+
 use super::ks::KsError;
 use super::tofu::{AnswerLoss, Example, Split, Summary};
 use super::tofu_eval;
@@ -30,7 +32,7 @@ pub enum LogError {
         "wanted TOFU's eval_log_aggregated.json or open-unlearning's TOFU_EVAL.json, found {found}"
     )]
     Unknown { found: String },
-    #[error("the log has no {} split ({})", name(*split), split.official_key())]
+    #[error("the log has no {} split ({})", split.name(), split.official_key())]
     MissingSplit { split: Split },
     #[error("the log has no truth ratios of single forget questions")]
     MissingTruthRatios,
@@ -52,23 +54,33 @@ pub enum LogError {
     MissingQuestion { place: String, index: String },
     #[error("{place}: there is no question")]
     EmptySplit { place: String },
-    #[error("the log has {n} forget questions, the retain model's log {n_retain_log}")]
+    #[error("{n} forget questions cannot be compared with the {n_retain_log} of the retain model's log")]
     ForgetCounts { n: usize, n_retain_log: usize },
     #[error("forget quality cannot be tested")]
     Test { source: KsError },
 }
 
-fn name(split: Split) -> &'static str {
-    match split {
-        Split::Retain => "retain",
-        Split::RealAuthors => "real authors",
-        Split::WorldFacts => "world facts",
-        Split::Forget => "forget",
+/// The four splits' examples, in the order of [`Split::ALL`]; an absent split is empty.
+pub type Examples = [Vec<Example>; 4];
+
+impl LogError {
+    /// The same, naming the file.
+    pub fn of(self, path: &Path) -> Self {
+        LogError::In {
+            path: path.into(),
+            source: Box::new(self),
+        }
     }
 }
 
-/// The four splits' examples, in the order of [`Split::ALL`]; an absent split is empty.
-pub type Examples = [Vec<Example>; 4];
+/// Which program's log to write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// TOFU's own `eval_log_aggregated.json`.
+    Official,
+    /// open-unlearning's `TOFU_EVAL.json`.
+    OpenUnlearning,
+}
 
 /// Reads a log of either format from a file.
 pub fn read_summary(path: &Path) -> Result<Summary, LogError> {
@@ -76,9 +88,45 @@ pub fn read_summary(path: &Path) -> Result<Summary, LogError> {
         path: path.into(),
         source,
     })?;
-    parse_summary(&text).map_err(|error| LogError::In {
-        path: path.into(),
-        source: Box::new(error),
+    parse_summary(&text).map_err(|error| error.of(path))
+}
+
+/// Whether a retain model's log can be compared with `n` forget questions.
+///
+/// # Errors
+/// No truth ratios in it, or as many as are not wanted.
+pub fn check_forget_count(retain_log: &Summary, n: usize) -> Result<(), LogError> {
+    let n_retain_log = retain_log.truth_ratios()?.len();
+    if n_retain_log == n {
+        Ok(())
+    } else {
+        Err(LogError::ForgetCounts { n, n_retain_log })
+    }
+}
+
+/// Writes a log to a file, whole or not at all.
+///
+/// # Errors
+/// The file exists (unless `force`), or cannot be written.
+pub fn write_log(
+    path: &Path,
+    force: bool,
+    format: LogFormat,
+    examples: &Examples,
+) -> Result<(), AtomicError> {
+    let log = match format {
+        LogFormat::Official => to_official(examples),
+        LogFormat::OpenUnlearning => tofu_eval::to_open_unlearning(examples),
+    };
+    write_atomic(path, force, |out| {
+        let written = serde_json::to_writer_pretty(&mut *out, &log)
+            .map_err(std::io::Error::from)
+            .and_then(|()| out.write_all(b"\n"));
+        written.map_err(|source| AtomicError::Io {
+            path: path.to_owned(),
+            doing: "writing",
+            source,
+        })
     })
 }
 
@@ -207,9 +255,9 @@ fn official_split(split: &Value, key: &str) -> Result<Vec<Example>, LogError> {
     let answer = Metric::of(split, key, "avg_gt_loss")?;
     let paraphrased = Metric::of(split, key, "avg_paraphrased_loss")?;
     let perturbed = Metric::of(split, key, "average_perturb_loss")?;
-    let rouge_l = Metric::of(split, key, "rougeL_recall")?;
     let optional = |metric| Metric::of(split, key, metric).ok();
     let rouge_1 = optional("rouge1_recall");
+    let rouge_l = optional("rougeL_recall");
     let generated = optional("generated_text");
     let n_answer = optional("num_token_gt");
     let n_paraphrased = optional("num_token_paraphrased");
@@ -220,7 +268,7 @@ fn official_split(split: &Value, key: &str) -> Result<Vec<Example>, LogError> {
             place: key.to_owned(),
         });
     }
-    for metric in [&paraphrased, &perturbed, &rouge_l] {
+    for metric in [&paraphrased, &perturbed].into_iter().chain(&rouge_l) {
         let found = metric.indices()?.len();
         if found != indices.len() {
             return Err(LogError::Counts {
@@ -260,7 +308,7 @@ fn official_split(split: &Value, key: &str) -> Result<Vec<Example>, LogError> {
                     })
                     .collect(),
                 rouge_1_recall: rouge_1.as_ref().map(|m| m.number(&index)).transpose()?,
-                rouge_l_recall: rouge_l.number(&index)?,
+                rouge_l_recall: rouge_l.as_ref().map(|m| m.number(&index)).transpose()?,
                 index,
             })
         })

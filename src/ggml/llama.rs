@@ -334,6 +334,8 @@ impl Default for ContextOptions {
 pub struct Batch {
     tokens: Vec<Token>,
     pos: Vec<i32>,
+    /// How many of `seq` each token has.
+    n_seq: Vec<i32>,
     seq: Vec<i32>,
     want: Vec<i8>,
 }
@@ -341,9 +343,17 @@ pub struct Batch {
 impl Batch {
     /// Append a token of sequence `seq` at `pos`; `want`: its logits are read.
     pub fn push(&mut self, token: Token, pos: i32, seq: i32, want: bool) {
+        self.push_shared(token, pos, &[seq], want);
+    }
+
+    /// Append a token that all of `seqs` hold at `pos`: it is computed once. A token's
+    /// sequences must be among those of the tokens before it in each of them, so that they
+    /// only ever part.
+    pub fn push_shared(&mut self, token: Token, pos: i32, seqs: &[i32], want: bool) {
         self.tokens.push(token);
         self.pos.push(pos);
-        self.seq.push(seq);
+        self.n_seq.push(seqs.len() as i32);
+        self.seq.extend_from_slice(seqs);
         self.want.push(i8::from(want));
     }
 
@@ -361,6 +371,7 @@ impl Batch {
     pub fn clear(&mut self) {
         self.tokens.clear();
         self.pos.clear();
+        self.n_seq.clear();
         self.seq.clear();
         self.want.clear();
     }
@@ -443,6 +454,11 @@ impl Context {
         self.n_batch
     }
 
+    /// Sequences that can live side by side.
+    pub fn n_seq_max(&self) -> usize {
+        self.n_seq_max
+    }
+
     /// Tokens the KV cache holds, as llama.cpp rounded them.
     pub fn n_ctx(&self) -> usize {
         // SAFETY: live context.
@@ -521,21 +537,28 @@ impl Context {
             .iter()
             .any(|&s| s < 0 || s as usize >= self.n_seq_max)
             || batch.pos.iter().any(|&p| p < 0)
+            || batch.n_seq.contains(&0)
         {
             return Err(DecodeError::Invalid("a sequence or position out of range"));
         }
-        let mut n_seq = vec![1i32; n];
-        let mut seq_ptrs: Vec<*mut i32> = batch.seq.iter_mut().map(std::ptr::from_mut).collect();
+        let mut rest = batch.seq.as_mut_slice();
+        let mut seq_ptrs = Vec::with_capacity(n);
+        for &n_seq in &batch.n_seq {
+            let (own, after) = rest.split_at_mut(n_seq as usize);
+            seq_ptrs.push(own.as_mut_ptr());
+            rest = after;
+        }
         let raw = c::llama_batch {
             n_tokens: n as i32,
             token: batch.tokens.as_mut_ptr(),
             embd: std::ptr::null_mut(),
             pos: batch.pos.as_mut_ptr(),
-            n_seq_id: n_seq.as_mut_ptr(),
+            n_seq_id: batch.n_seq.as_mut_ptr(),
             seq_id: seq_ptrs.as_mut_ptr(),
             logits: batch.want.as_mut_ptr(),
         };
-        // SAFETY: every array has `n` entries and outlives the call; values are in range.
+        // SAFETY: every array has `n` entries, each pointer of `seq_ptrs` as many as `n_seq` says,
+        // and all outlive the call; values are in range.
         let code = unsafe { c::llama_decode(self.raw.as_ptr(), raw) };
         if let Some(payload) = self.hook.as_mut().and_then(|h| h.panic.take()) {
             std::panic::resume_unwind(payload);

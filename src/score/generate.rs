@@ -102,12 +102,30 @@ pub fn generate_greedy(
     max_tokens: usize,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<Vec<Token>>, Error> {
+    generate_watched(context, prompts, max_tokens, &mut |finished| {
+        progress(finished);
+        Ok(())
+    })
+}
+
+/// [`generate_greedy`] that `watch`, told before every decode how many answers are finished, can
+/// end.
+///
+/// # Errors
+/// llama.cpp's failures, and what `watch` ends it with.
+pub(super) fn generate_watched(
+    context: &mut Context,
+    prompts: &[Vec<Token>],
+    max_tokens: usize,
+    watch: &mut dyn FnMut(usize) -> Result<(), Error>,
+) -> Result<Vec<Vec<Token>>, Error> {
     let mut answers = vec![Vec::new(); prompts.len()];
     let mut running: Vec<Option<Running>> = (0..N_PARALLEL).map(|_| None).collect();
     let mut queue = 0..prompts.len();
     let mut finished = 0;
     context.clear();
     loop {
+        watch(finished)?;
         for (slot, run) in running.iter_mut().enumerate() {
             // A slot may pass through several prompts whose answers end at once.
             while run.is_none() {
@@ -127,10 +145,7 @@ pub fn generate_greedy(
                     max_tokens,
                     &mut answers[prompt],
                 );
-                if run.is_none() {
-                    finished += 1;
-                    progress(finished);
-                }
+                finished += usize::from(run.is_none());
             }
         }
         let mut batch = Batch::default();
@@ -150,10 +165,7 @@ pub fn generate_greedy(
             let next = argmax(context.logits(at).expect("asked for"));
             let answer = &mut answers[run.prompt];
             running[slot] = step(context, run.prompt, run.pos + 1, next, max_tokens, answer);
-            if running[slot].is_none() {
-                finished += 1;
-                progress(finished);
-            }
+            finished += usize::from(running[slot].is_none());
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::train::loss::nll;
 use rayon::prelude::*;
 
 /// Bytes of logits a decode may hold.
-const LOGIT_BYTES: usize = 128 << 20;
+pub(super) const LOGIT_BYTES: usize = 128 << 20;
 
 /// A logits row of the batch: where it is, whose it is, and the token that follows.
 struct Row {
@@ -90,14 +90,15 @@ fn decode(
 }
 
 fn row_losses(context: &Context, rows: &[Row]) -> Vec<f64> {
+    let rows: Vec<_> = rows.iter().map(|r| (r.at, r.token)).collect();
+    row_nll(context, &rows)
+}
+
+/// −log p of each token after the batch's token at its place.
+pub(super) fn row_nll(context: &Context, rows: &[(usize, Token)]) -> Vec<f64> {
     let logits: Vec<(&[f32], Token)> = rows
         .iter()
-        .map(|r| {
-            (
-                context.logits(r.at).expect("asked for in this batch"),
-                r.token,
-            )
-        })
+        .map(|&(at, token)| (context.logits(at).expect("asked for in this batch"), token))
         .collect();
     logits
         .par_iter()

@@ -5,9 +5,13 @@
 
 mod generate;
 mod losses;
+mod shared;
+pub mod tofu;
+mod tofu_partial;
 
 pub use generate::{Sampling, generate_greedy, generate_streaming};
 pub use losses::{answer_losses, perplexity};
+pub use shared::shared_losses;
 
 use crate::data::{Record, Sample, Template, build_samples};
 use crate::error::Error;
@@ -35,13 +39,24 @@ pub fn scoring_context(
     n_per_sequence: usize,
     n_threads: usize,
 ) -> Result<Context, Error> {
+    context_for(model, adapters, n_per_sequence, n_threads, N_PARALLEL)
+}
+
+/// [`scoring_context`] with other than [`N_PARALLEL`] sequences in the same room.
+fn context_for(
+    model: &Model,
+    adapters: &[(Arc<Adapter>, f32)],
+    n_per_sequence: usize,
+    n_threads: usize,
+    n_seq_max: usize,
+) -> Result<Context, Error> {
     let n_ctx = N_PARALLEL * n_per_sequence.max(32);
     let mut context = Context::new(
         model,
         ContextOptions {
             n_ctx: n_ctx as u32,
             n_batch: N_BATCH.max(n_per_sequence) as u32,
-            n_seq_max: N_PARALLEL as u32,
+            n_seq_max: n_seq_max as u32,
             n_threads,
             flash_attn: true,
             ..ContextOptions::default()
