@@ -83,6 +83,7 @@ impl Demo {
                 template: template.clone(),
                 forget: forget.clone(),
                 retain: Some(retain.clone()),
+                refusals: None,
                 shared: None,
                 config: UnlearnConfig::default(),
                 n_threads: args.n_threads(),

@@ -6,12 +6,14 @@
 
 mod error;
 mod record;
+mod refusal;
 mod sample;
 mod set;
 mod template;
 
 pub use error::{DataError, RecordProblem};
 pub use record::{Message, Record, Role, load_lines, load_records, parse_json, parse_text};
+pub use refusal::{refusals, refused};
 pub use sample::{Sample, SampleSet, Tokenize, TokenizeError, build_prompt, build_samples};
 pub use set::{Overlap, overlap, salted_hash};
 pub use template::{ChatTemplate, Template};
