@@ -7,7 +7,8 @@ use crate::adapter::{Loaded, open_adapters};
 use crate::atomic::AtomicError;
 use crate::capture::pooled_outputs;
 use crate::data::{
-    Record, Sample, SampleSet, Template, build_samples, general_records, overlap, salted_hash,
+    Record, Sample, SampleSet, Template, build_samples, general_records, overlap, refusals,
+    refused, salted_hash,
 };
 use crate::digest::{Digest, of_model};
 use crate::error::Error;
@@ -19,10 +20,10 @@ use crate::score::evaluate;
 use crate::subspace::{Pooled, Retain, RetainBasis, Subspace, SubspaceConfig, solve_all};
 use crate::train::adapters::Pairs;
 use crate::train::checkpoint::{Checkpoint, Identity};
-use crate::train::config::{Constraint, Init, UnlearnConfig};
+use crate::train::config::{Constraint, Init, Objective, TrainConfig, UnlearnConfig};
 use crate::train::engine::{Engine, mean_nll};
-use crate::train::fit::{Ended, FitState, Until, Watch, fit};
-use crate::train::trainer::{StepBatch, Trainer};
+use crate::train::fit::{Ended, FitData, FitState, Until, Watch, fit};
+use crate::train::trainer::{Forget, StepBatch, Trainer};
 use crate::unseen::exchanged_answers;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -47,6 +48,8 @@ pub struct Sets {
     pub retain: Vec<Sample>,
     /// Samples like the forget set's that the model has never seen, if there are any at hand.
     pub unseen: Vec<Sample>,
+    /// A refusal of every forget question, where the objective prefers one.
+    pub preferred: Vec<Sample>,
     /// Whether the built-in general text stands in for a retain set.
     pub general: bool,
     /// What the user should know about the data.
@@ -107,9 +110,57 @@ impl Sets {
             forget,
             retain,
             unseen,
+            preferred: Vec::new(),
             general,
             notices,
         })
+    }
+
+    /// Answer every forget question with one of `refusals` (none: built-in ones) if the objective
+    /// is DPO; refuse them if it is not.
+    ///
+    /// # Errors
+    /// Refusals for another objective, forget records without a question.
+    pub fn prefer(
+        mut self,
+        given: Option<&[String]>,
+        open: &OpenModel,
+        template: &Template,
+        config: &TrainConfig,
+    ) -> Result<Self, Error> {
+        if config.objective != Objective::Dpo {
+            return match given {
+                None => Ok(self),
+                Some(_) => Err(Error::Setting {
+                    setting: "idk",
+                    wanted: "the objective dpo, which alone prefers refusals".into(),
+                    found: format!("{:?}", config.objective).to_lowercase(),
+                }),
+            };
+        }
+        let given = given.map_or_else(refusals, <[String]>::to_vec);
+        let no_question = |found: String| Error::Setting {
+            setting: "objective dpo",
+            wanted: "a forget set of questions, so that there is something to refuse".into(),
+            found,
+        };
+        let records = refused(&self.forget_records, &given, config.seed)
+            .map_err(|n| no_question(format!("record {n} without one")))?;
+        let set = build_samples(&records, &open.model, template, config.max_tokens)?;
+        if set.samples.len() != self.forget.len() {
+            return Err(no_question("records too short to be trained on".into()));
+        }
+        self.preferred = set.samples;
+        Ok(self)
+    }
+
+    /// What training sees of it.
+    pub fn fit_data(&self) -> FitData<'_> {
+        FitData {
+            forget: &self.forget,
+            preferred: &self.preferred,
+            retain: &self.retain,
+        }
     }
 }
 
@@ -398,6 +449,8 @@ pub struct Job<'a> {
     /// Questions like the forget set's that the model has never seen, with their answers; they
     /// give the unseen level. Empty: it is estimated.
     pub unseen: Vec<Record>,
+    /// Answers to prefer under DPO; none: built-in ones.
+    pub refusals: Option<Vec<String>>,
     /// Retain bases computed before.
     pub shared: Option<Vec<RetainBasis>>,
     /// Settings.
@@ -497,7 +550,8 @@ pub fn unlearn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
         job.retain,
         &job.unseen,
         config.train.max_tokens,
-    )?;
+    )?
+    .prefer(job.refusals.as_deref(), open, &job.template, &config.train)?;
     for notice in &sets.notices {
         ui.notice(notice);
     }
@@ -536,7 +590,10 @@ pub fn unlearn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
         }
         let mut trainer = Trainer::new(engine, pairs)?;
         let (until, level) = until(&mut trainer, open, &job.template, &sets, config)?;
-        let fit = FitState::new(&config.train, until, sets.forget.len(), sets.retain.len());
+        let mut fit = FitState::new(&config.train, until, sets.forget.len(), sets.retain.len());
+        if config.train.objective.has_reference() {
+            fit.reference = sets.fit_data().references(&mut trainer)?;
+        }
         (trainer, RunState { fit, level })
     };
     let measure = |adapters: &Loaded, ui: &mut dyn Ui, stage: &str| -> Result<Both, Error> {
@@ -585,7 +642,7 @@ pub fn unlearn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
         &config.train,
         &config.stop,
         &mut state.fit,
-        (&sets.forget, &sets.retain),
+        sets.fit_data(),
         ui,
     )?;
     if ended == Ended::Interrupted {
@@ -729,7 +786,10 @@ fn lowered(subspaces: &[Subspace]) -> Option<String> {
 /// Names data in a checkpoint; never leaves this machine, so it needs no salt.
 fn data_digest(sets: &Sets) -> Digest {
     let forget = salted_hash(&sets.forget_records, b"forget");
-    Digest(salted_hash(&sets.retain_records, &forget))
+    let tokens = sets.preferred.iter().flat_map(|s| &s.tokens);
+    let mut salt = forget.to_vec();
+    salt.extend(tokens.flat_map(|t| t.to_le_bytes()));
+    Digest(salted_hash(&sets.retain_records, &salt))
 }
 
 /// A salt nobody can guess without having the data and the moment.
@@ -800,10 +860,20 @@ pub fn estimate(
         .sum();
     let mut trainer = Trainer::new(engine, pairs)?;
     let mean_tokens = |set: &[Sample]| {
-        set.iter().map(|s| s.tokens.len()).sum::<usize>() as f64 / set.len() as f64
+        set.iter().map(|s| s.tokens.len()).sum::<usize>() as f64 / set.len().max(1) as f64
+    };
+    let retain: &[Sample] = if config.train.objective.has_retain() {
+        &sets.retain
+    } else {
+        &[]
     };
     let step_tokens = config.train.step_samples() as f64
-        * (mean_tokens(&sets.forget) + mean_tokens(&sets.retain));
+        * (mean_tokens(&sets.forget) + mean_tokens(&sets.preferred) + mean_tokens(retain));
+    let alone = |sample| Forget {
+        sample,
+        preferred: None,
+        reference: 0.0,
+    };
     let mut batch = StepBatch {
         forget_share: 1.0,
         ..StepBatch::default()
@@ -814,11 +884,11 @@ pub fn estimate(
         .filter(|s| tokens + s.tokens.len() <= config.train.micro_tokens)
     {
         tokens += s.tokens.len();
-        batch.forget.push(s);
+        batch.forget.push(alone(s));
     }
     if batch.forget.is_empty() {
         tokens = sets.forget[0].tokens.len();
-        batch.forget.push(&sets.forget[0]);
+        batch.forget.push(alone(&sets.forget[0]));
     }
     // The first step makes the transposed copies; the second is what every later one costs.
     trainer.step(&config.train, &batch, 0.0)?;

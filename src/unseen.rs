@@ -7,7 +7,7 @@
 //! of C D, told of A B. The model has learned no such answer, and finds the words around the fact
 //! as easy as those of the true one.
 
-use crate::data::{Message, Record, Role, general_records};
+use crate::data::{Record, Role, general_records};
 use std::collections::HashSet;
 
 /// Answers that stand in for others' when there is nothing to exchange.
@@ -143,32 +143,13 @@ fn renamed(answer: &str, from: &Question, to: &Question) -> String {
 }
 
 fn with_answer(record: &Record, answer: &str) -> Record {
-    let answer = answer.trim();
-    match record {
-        Record::Qa { question, .. } => Record::Qa {
-            question: question.clone(),
-            answer: answer.to_owned(),
-        },
-        Record::Completion { prompt, .. } => Record::Completion {
-            prompt: prompt.clone(),
-            completion: format!(" {answer}"),
-        },
-        Record::Messages(messages) => {
-            let mut messages: Vec<Message> = messages.clone();
-            if let Some(last) = messages.last_mut() {
-                *last = Message {
-                    role: Role::Assistant,
-                    content: answer.to_owned(),
-                };
-            }
-            Record::Messages(messages)
-        }
-        // Running text: the first half of one, the second half of the other.
-        Record::Text(text) => Record::Completion {
-            prompt: halves(text).0.to_owned(),
+    // Running text: the first half of one, the second half of the other.
+    record
+        .answered(answer)
+        .unwrap_or_else(|| Record::Completion {
+            prompt: halves(record.answer()).0.to_owned(),
             completion: halves(answer).1.to_owned(),
-        },
-    }
+        })
 }
 
 /// `text` cut at the white space nearest to its middle.

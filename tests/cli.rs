@@ -101,8 +101,17 @@ fn a_patch_says_where_it_comes_from_and_not_what_it_forgets() {
 
 #[test]
 fn a_resumed_run_is_bit_identical() {
+    resumed_is_whole(&[]);
+}
+
+#[test]
+fn a_resumed_run_keeps_its_reference_and_its_dropout() {
+    resumed_is_whole(&["--objective", "npo", "--dropout", "0.1"]);
+}
+
+fn resumed_is_whole(more: &[&str]) {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let whole = quick(dir.path(), "whole.gguf", &[]);
+    let whole = quick(dir.path(), "whole.gguf", more);
     // The same run, stopped by SIGINT as soon as its first step is logged.
     let (model, forget, retain) = (mini(), demo("forget.jsonl"), demo("retain.jsonl"));
     let (patch, log) = (dir.path().join("resumed.gguf"), dir.path().join("log"));
@@ -129,6 +138,7 @@ fn a_resumed_run_is_bit_identical() {
     let child = std::process::Command::new(env!("CARGO_BIN_EXE_nepenthe"))
         .args(args)
         .args(tail)
+        .args(more)
         .stderr(std::process::Stdio::piped())
         .stdout(std::process::Stdio::null())
         .spawn()
@@ -155,6 +165,7 @@ fn a_resumed_run_is_bit_identical() {
     assert!(!patch.exists());
     let checkpoint = dir.path().join("resumed.gguf.checkpoint");
     let mut again: Vec<&str> = args.into_iter().chain(tail).collect();
+    again.extend(more);
     again.extend(["--resume", text(&checkpoint)]);
     assert_eq!(json(&again)["steps"], 3);
     let tensors = |path: &Path| {

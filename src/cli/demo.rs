@@ -84,6 +84,7 @@ impl Demo {
                 forget: forget.clone(),
                 retain: Some(retain.clone()),
                 unseen: Vec::new(),
+                refusals: None,
                 shared: None,
                 config: UnlearnConfig::default(),
                 n_threads: args.n_threads(),

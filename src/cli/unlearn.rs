@@ -2,7 +2,7 @@
 
 use super::common::{ModelArgs, Output, TemplateArg};
 use super::train_ui::TrainUi;
-use crate::data::load_records;
+use crate::data::{load_lines, load_records};
 use crate::error::Error;
 use crate::project::RolNorm;
 use crate::subspace_file;
@@ -26,6 +26,9 @@ pub struct Unlearn {
     /// unlikely a forgotten answer should be (without this: estimated)
     #[arg(long, value_name = "FILE")]
     unseen: Option<PathBuf>,
+    /// Answers to prefer under the objective dpo, one a line (without this: built-in ones)
+    #[arg(long, value_name = "FILE")]
+    idk: Option<PathBuf>,
     /// Patch to write
     #[arg(short, long = "output", value_name = "GGUF")]
     out: PathBuf,
@@ -93,7 +96,7 @@ pub struct TrainArgs {
     /// Gradient norm above which gradients are scaled down (0: never)
     #[arg(long)]
     pub clip: Option<f32>,
-    /// Share of adapter inputs dropped in training (only 0 is possible)
+    /// Share of adapter inputs dropped in training
     #[arg(long)]
     pub dropout: Option<f32>,
     /// Seed of data order, adapters and dropout
@@ -155,6 +158,18 @@ struct MethodArgs {
     /// Weight of the retain loss
     #[arg(long)]
     gamma: Option<f32>,
+    /// NPO's beta: how soon a forgotten answer stops pulling
+    #[arg(long)]
+    npo_beta: Option<f32>,
+    /// SimNPO's beta
+    #[arg(long)]
+    simnpo_beta: Option<f32>,
+    /// SimNPO's margin gamma
+    #[arg(long)]
+    simnpo_gamma: Option<f32>,
+    /// DPO's beta
+    #[arg(long)]
+    dpo_beta: Option<f32>,
     /// Weight of the representation-orthogonal loss
     #[arg(long)]
     lambda: Option<f32>,
@@ -194,6 +209,10 @@ impl MethodArgs {
         set(&mut c.subspace.beta, self.beta);
         set(&mut c.subspace.retain_rank, self.retain_rank);
         set(&mut c.train.gamma, self.gamma);
+        set(&mut c.train.npo_beta, self.npo_beta);
+        set(&mut c.train.simnpo_beta, self.simnpo_beta);
+        set(&mut c.train.simnpo_gamma, self.simnpo_gamma);
+        set(&mut c.train.dpo_beta, self.dpo_beta);
         set(&mut c.train.lambda, self.lambda);
         set(&mut c.train.rol, self.rol);
         c.stop.nll = self.until.or(c.stop.nll);
@@ -233,12 +252,18 @@ impl Unlearn {
             Some(path) => load_records(path)?,
             None => Vec::new(),
         };
+        let refusals = self.idk.as_deref().map(load_lines).transpose()?;
         let open = self.model.open()?;
         let template = self.template.of(&open)?;
         let n_threads = self.model.n_threads();
         if self.dry_run {
             let max = config.train.max_tokens;
-            let sets = Sets::new(&open, &template, forget, retain, &unseen, max)?;
+            let sets = Sets::new(&open, &template, forget, retain, &unseen, max)?.prefer(
+                refusals.as_deref(),
+                &open,
+                &template,
+                &config.train,
+            )?;
             let e = estimate(&open, &sets, &config, n_threads)?;
             if self.output.json {
                 super::emit(&e);
@@ -273,6 +298,7 @@ impl Unlearn {
                 forget,
                 retain,
                 unseen,
+                refusals,
                 shared,
                 config,
                 n_threads,

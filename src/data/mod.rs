@@ -6,6 +6,7 @@
 
 mod error;
 mod record;
+mod refusal;
 mod sample;
 mod set;
 mod template;
@@ -13,6 +14,7 @@ mod tofu;
 
 pub use error::{DataError, RecordProblem};
 pub use record::{Message, Record, Role, load_lines, load_records, parse_json, parse_text};
+pub use refusal::{refusals, refused};
 pub use sample::{Sample, SampleSet, Tokenize, TokenizeError, build_prompt, build_samples};
 pub use set::{Overlap, overlap, salted_hash};
 pub use template::{ChatTemplate, Template};

@@ -87,6 +87,30 @@ impl Record {
         }
     }
 
+    /// The same question with another answer; `None` for running text, which asks nothing.
+    pub fn answered(&self, answer: &str) -> Option<Self> {
+        let answer = answer.trim();
+        Some(match self {
+            Record::Qa { question, .. } => Record::Qa {
+                question: question.clone(),
+                answer: answer.to_owned(),
+            },
+            Record::Completion { prompt, .. } => Record::Completion {
+                prompt: prompt.clone(),
+                completion: format!(" {answer}"),
+            },
+            Record::Messages(messages) => {
+                let (_, before) = messages.split_last()?;
+                let last = Message {
+                    role: Role::Assistant,
+                    content: answer.to_owned(),
+                };
+                Record::Messages(before.iter().cloned().chain([last]).collect())
+            }
+            Record::Text(_) => return None,
+        })
+    }
+
     /// The text of the last answer (all of it for running text): what ROUGE compares with.
     pub fn answer(&self) -> &str {
         match self {

@@ -28,6 +28,9 @@ pub struct Factor {
 pub struct Factors {
     /// What they adapt.
     pub list: Vec<Factor>,
+    /// Whether tapes with gradients multiply a mask into the input of every adapted weight, one
+    /// for all its factors ([`Tape::set_dropout`]).
+    pub dropout: bool,
     ctx: Ctx,
     tensors: Vec<(Tensor, Tensor)>,
     offsets: Vec<(usize, usize)>,
@@ -64,6 +67,7 @@ impl Factors {
         }
         Ok(Self {
             list,
+            dropout: false,
             ctx,
             tensors,
             offsets,
@@ -225,6 +229,8 @@ pub struct Tape {
     positions: Option<Tensor>,
     out_ids: Option<Tensor>,
     masks: Vec<(Tensor, bool)>,
+    dropout: Vec<(usize, Tensor)>,
+    dropping: bool,
     window: Option<usize>,
     output: Tensor,
     seed: Option<Tensor>,
@@ -281,6 +287,7 @@ impl Tape {
         let mut inputs = Vec::new();
         let (mut tokens, mut positions, mut out_ids, mut masks) = (None, None, None, Vec::new());
         let mut constants = Vec::new();
+        let mut dropout = Vec::new();
         let mut frozen = HashMap::new();
         let mut params: Vec<Tensor> = Vec::new();
         let mut factor_leaves = HashMap::new();
@@ -342,18 +349,25 @@ impl Tape {
                     record.cached(&mut c, source(*src), ne, *transposed)?
                 }
                 Step::Adapter { base, x, tensor } => {
-                    let mut y = source(*base);
+                    let (mut y, mut x) = (source(*base), source(*x));
                     if let Trained::Factors(f) = trained {
-                        for (k, factor) in f.list.iter().enumerate() {
-                            if factor.tensor == *tensor {
-                                y = record.low_rank(
-                                    &mut c,
-                                    y,
-                                    source(*x),
-                                    factor_leaves[&k],
-                                    factor.scale,
-                                )?;
-                            }
+                        let on_this = |k: &usize| f.list[*k].tensor == *tensor;
+                        let own: Vec<usize> = (0..f.list.len()).filter(on_this).collect();
+                        if f.dropout && gradient && !own.is_empty() {
+                            let mask = c.leaf(sys::GGML_TYPE_F32, c.ne(x), "")?;
+                            inputs.push(mask);
+                            dropout.push((*tensor, mask));
+                            x = record.emit(
+                                &mut c,
+                                sys::GGML_OP_MUL,
+                                &[0; 16],
+                                &[x, mask],
+                                None,
+                            )?;
+                        }
+                        for k in own {
+                            let scale = f.list[k].scale;
+                            y = record.low_rank(&mut c, y, x, factor_leaves[&k], scale)?;
                         }
                     }
                     y
@@ -418,7 +432,7 @@ impl Tape {
             c.write(x, &values)?;
         }
         let plan = cpu.plan(&c, full)?;
-        Ok(Self {
+        let mut tape = Self {
             ctx: c,
             forward,
             backward,
@@ -428,12 +442,46 @@ impl Tape {
             positions,
             out_ids,
             masks,
+            dropping: !dropout.is_empty(),
+            dropout,
             window: parts.window,
             output,
             seed,
             grads,
             shape: (n_tokens, n_rows),
-        })
+        };
+        tape.set_dropout(None)?;
+        Ok(tape)
+    }
+
+    /// Whether the graph has dropout masks to set.
+    pub fn has_dropout(&self) -> bool {
+        !self.dropout.is_empty()
+    }
+
+    /// Set the masks for the passes to come: `fill` is given an adaptable tensor's index and its
+    /// mask `[n_in, T]`. `None` takes dropout out: all ones, which change no bit.
+    ///
+    /// # Errors
+    /// Never for a tape that was built.
+    pub fn set_dropout(
+        &mut self,
+        fill: Option<&dyn Fn(usize, &mut [f32])>,
+    ) -> Result<(), GraphError> {
+        if fill.is_none() && !self.dropping {
+            return Ok(());
+        }
+        let mut mask = Vec::new();
+        for &(tensor, leaf) in &self.dropout {
+            mask.clear();
+            mask.resize(self.ctx.n_elements(leaf), 1.0);
+            if let Some(fill) = fill {
+                fill(tensor, &mut mask);
+            }
+            self.ctx.write(leaf, &mask)?;
+        }
+        self.dropping = fill.is_some();
+        Ok(())
     }
 
     /// (T, R) the graphs were built for.

@@ -1,6 +1,9 @@
 //! What the trainer is told: flags and TOML fill the same structs, and the patch stores them.
 
+use super::answer_loss::AnswerLoss;
+use super::engine::Aim;
 use super::loss::RowObjective;
+use super::trainer::Forget;
 use crate::error::Error;
 use crate::project::RolNorm;
 use crate::subspace::SubspaceConfig;
@@ -15,15 +18,32 @@ pub enum Objective {
     Ihl,
     /// Gradient difference: ascent on the forget set, descent on the retain set.
     Gd,
+    /// Gradient ascent on the forget set and nothing else, not even a retain loss.
+    Ga,
+    /// Negative preference optimisation (Zhang et al., arXiv 2404.05868).
+    Npo,
+    /// NPO per token and without a reference model (Fan et al., arXiv 2410.07163).
+    Simnpo,
+    /// Direct preference optimisation towards a refusal (the DPO of Maini et al.,
+    /// arXiv 2401.06121, and of the NPO paper).
+    Dpo,
 }
 
 impl Objective {
-    /// The objective of one forget row.
-    pub fn row(self) -> RowObjective {
-        match self {
-            Self::Ihl => RowObjective::InvertedHinge,
-            Self::Gd => RowObjective::Ascent,
-        }
+    /// Whether the loss is one of whole answers (a mean over samples) rather than of rows (a mean
+    /// over answer tokens).
+    pub fn is_whole(self) -> bool {
+        matches!(self, Self::Npo | Self::Simnpo | Self::Dpo)
+    }
+
+    /// Whether it looks at the untouched model.
+    pub fn has_reference(self) -> bool {
+        matches!(self, Self::Npo | Self::Dpo)
+    }
+
+    /// Whether the retain set is trained on.
+    pub fn has_retain(self) -> bool {
+        self != Self::Ga
     }
 }
 
@@ -82,11 +102,19 @@ pub struct TrainConfig {
     pub clip: f32,
     /// γ, weight of the retain loss.
     pub gamma: f32,
+    /// β of NPO.
+    pub npo_beta: f32,
+    /// β of SimNPO.
+    pub simnpo_beta: f32,
+    /// γ of SimNPO, a margin (some call it δ).
+    pub simnpo_gamma: f32,
+    /// β of DPO.
+    pub dpo_beta: f32,
     /// λ, weight of ROL.
     pub lambda: f32,
     /// How ROL is summed.
     pub rol: RolNorm,
-    /// Share of adapter inputs dropped in training; only 0 is possible.
+    /// Share of adapter inputs dropped in training.
     pub dropout: f32,
     /// Seed of data order, adapters and dropout.
     pub seed: u64,
@@ -113,6 +141,11 @@ impl Default for TrainConfig {
             warmup: None,
             clip: 1.0,
             gamma: 1.0,
+            // Of the papers' TOFU experiments.
+            npo_beta: 0.1,
+            simnpo_beta: 2.5,
+            simnpo_gamma: 0.0,
+            dpo_beta: 0.1,
             lambda: 0.5,
             rol: RolNorm::PerRank,
             dropout: 0.0,
@@ -145,13 +178,17 @@ impl TrainConfig {
         weight("weight-decay", self.weight_decay)?;
         weight("clip", self.clip)?;
         weight("gamma", self.gamma)?;
+        positive("npo-beta", self.npo_beta)?;
+        positive("simnpo-beta", self.simnpo_beta)?;
+        weight("simnpo-gamma", self.simnpo_gamma)?;
+        positive("dpo-beta", self.dpo_beta)?;
         weight("lambda", self.lambda)?;
         in_range(
             "dropout",
             self.dropout,
             0.0,
-            0.0,
-            "0: the training graph has no dropout",
+            1f32.next_down(),
+            "a number from 0 to below 1",
         )?;
         if let Some(epochs) = self.epochs {
             positive("epochs", epochs)?;
@@ -169,6 +206,28 @@ impl TrainConfig {
             });
         }
         Ok(())
+    }
+
+    /// What a forget sample is trained towards.
+    pub fn aim<'a>(&self, forget: &Forget<'a>) -> Aim<'a> {
+        let preference = |beta: f32| AnswerLoss::Preference {
+            beta: beta.into(),
+            reference: forget.reference,
+        };
+        let loss = match self.objective {
+            Objective::Ihl => return Aim::Rows(RowObjective::InvertedHinge),
+            Objective::Gd | Objective::Ga => return Aim::Rows(RowObjective::Ascent),
+            Objective::Npo => preference(self.npo_beta),
+            Objective::Dpo => preference(self.dpo_beta),
+            Objective::Simnpo => AnswerLoss::Normalised {
+                beta: self.simnpo_beta.into(),
+                gamma: self.simnpo_gamma.into(),
+            },
+        };
+        Aim::Answer {
+            loss,
+            preferred: forget.preferred,
+        }
     }
 
     /// Samples of each set in one optimiser step.
@@ -333,8 +392,7 @@ impl Preset {
                     steps: Some(100),
                     batch: 2,
                     accumulate: 16,
-                    // The reference drops 5% of adapter inputs; the graph has no dropout.
-                    dropout: 0.0,
+                    dropout: 0.05,
                     ..paper
                 };
             }

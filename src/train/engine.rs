@@ -1,6 +1,8 @@
 //! One place that owns the graphs: samples in, losses and gradients out.
 
-use super::loss::{BatchLosses, RowObjective, Target};
+use super::answer_loss::AnswerLoss;
+use super::dropout::Dropout;
+use super::loss::{BatchLosses, Graded, RowObjective, Target};
 use crate::data::Sample;
 use crate::error::Error;
 use crate::ggml::Cpu;
@@ -12,22 +14,74 @@ use crate::graph::trace::trace;
 use crate::graph::weights::Transposed;
 use crate::model::OpenModel;
 use rayon::prelude::*;
+use std::ops::Range;
 
-/// A sample to compute, what its answer tokens are trained towards, and their weight.
+/// What a sample is trained towards.
+#[derive(Debug, Clone, Copy)]
+pub enum Aim<'a> {
+    /// Each answer row by itself.
+    Rows(RowObjective),
+    /// The answer as a whole, against another answer to the same question where there is one.
+    Answer {
+        /// The loss.
+        loss: AnswerLoss,
+        /// The preferred answer.
+        preferred: Option<&'a Sample>,
+    },
+}
+
+/// A sample to compute, what it is trained towards, and the weight of that.
 #[derive(Debug, Clone, Copy)]
 pub struct Item<'a> {
     /// The sample.
     pub sample: &'a Sample,
-    /// Objective of its rows.
-    pub objective: RowObjective,
-    /// Weight of each row.
+    /// Its loss.
+    pub aim: Aim<'a>,
+    /// Factor of the gradients of each row, or of the answer.
     pub weight: f32,
 }
 
-/// Losses of one sample, summed over its answer tokens.
+impl<'a> Item<'a> {
+    /// Cross-entropy on the answer rows.
+    pub fn remembered(sample: &'a Sample, weight: f32) -> Self {
+        Self {
+            sample,
+            aim: Aim::Rows(RowObjective::CrossEntropy),
+            weight,
+        }
+    }
+
+    /// Tokens computed for it.
+    pub fn n_tokens(&self) -> usize {
+        self.samples().map(|s| s.tokens.len()).sum()
+    }
+
+    fn preferred(&self) -> Option<&'a Sample> {
+        match self.aim {
+            Aim::Answer { preferred, .. } => preferred,
+            Aim::Rows(_) => None,
+        }
+    }
+
+    /// The sample and what it is compared with.
+    fn samples(&self) -> impl Iterator<Item = &'a Sample> {
+        std::iter::once(self.sample).chain(self.preferred())
+    }
+
+    /// Objective and weight of its rows. The factor of a whole answer is known only after all of
+    /// them, so they are graded as plain cross-entropy first.
+    fn row_target(&self) -> (RowObjective, f32) {
+        match self.aim {
+            Aim::Rows(objective) => (objective, self.weight),
+            Aim::Answer { .. } => (RowObjective::CrossEntropy, 1.0),
+        }
+    }
+}
+
+/// Losses of one sample.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct SampleLoss {
-    /// Σ objective.
+    /// Σ objective over its answer tokens, or the loss of the whole answer.
     pub loss: f64,
     /// Σ −log p.
     pub nll: f64,
@@ -93,6 +147,12 @@ impl<'m> Engine<'m> {
         })
     }
 
+    /// Multiply with exact f32 weights on the way back, for gradient checks: see [`Transposed`].
+    pub fn exact(mut self) -> Self {
+        self.transposed = Transposed::exact();
+        self
+    }
+
     /// Bytes of graph memory and transposed weights in use.
     pub fn bytes(&self) -> usize {
         self.transposed.bytes() + self.tape.as_ref().map_or(0, |(t, _)| t.bytes())
@@ -107,11 +167,11 @@ impl<'m> Engine<'m> {
         trained: Trained<'_>,
         items: &[Item<'_>],
     ) -> Result<Vec<SampleLoss>, Error> {
-        self.compute(trained, items, None)
+        self.compute(trained, items, None, None)
     }
 
     /// Losses of `items`, and their gradients added to `grads` (one vector per trained
-    /// tensor, in the tape's order).
+    /// tensor, in the tape's order), with `dropout` on the inputs of factors made for it.
     ///
     /// # Errors
     /// When ggml fails.
@@ -119,79 +179,136 @@ impl<'m> Engine<'m> {
         &mut self,
         trained: Trained<'_>,
         items: &[Item<'_>],
+        dropout: Option<Dropout>,
         grads: &mut [Vec<f32>],
     ) -> Result<Vec<SampleLoss>, Error> {
-        self.compute(trained, items, Some(grads))
+        self.compute(trained, items, dropout, Some(grads))
     }
 
     fn compute(
         &mut self,
         trained: Trained<'_>,
         items: &[Item<'_>],
+        dropout: Option<Dropout>,
         mut grads: Option<&mut [Vec<f32>]>,
     ) -> Result<Vec<SampleLoss>, Error> {
         let mut losses = vec![SampleLoss::default(); items.len()];
-        let lengths: Vec<usize> = items.iter().map(|i| i.sample.tokens.len() - 1).collect();
-        for bin in pack(&lengths, self.max_tokens) {
-            let rows: Vec<Vec<usize>> = bin.iter().map(|&i| rows_of(items[i].sample)).collect();
-            let sequences: Vec<Sequence<'_>> = bin
+        let length = |s: &Sample| s.tokens.len() - 1;
+        let lengths: Vec<usize> = items
+            .iter()
+            .map(|i| i.samples().map(length).sum())
+            .collect();
+        // An item's samples stay together: a loss of whole answers needs them all before the
+        // first of its gradients.
+        for (micro_batch, bin) in pack(&lengths, self.max_tokens).into_iter().enumerate() {
+            let members: Vec<(&Item<'_>, &Sample, Vec<usize>)> = bin
                 .iter()
-                .zip(&rows)
-                .map(|(&i, rows)| Sequence {
-                    tokens: &items[i].sample.tokens[..lengths[i]],
+                .flat_map(|&i| items[i].samples().map(move |s| (&items[i], s, rows_of(s))))
+                .collect();
+            let sequences: Vec<Sequence<'_>> = members
+                .iter()
+                .map(|(_, sample, rows)| Sequence {
+                    tokens: &sample.tokens[..length(sample)],
                     rows,
                 })
                 .collect();
             let batch = Packed::new(&sequences);
             let mut targets = Vec::with_capacity(batch.n_rows);
-            for (&i, rows) in bin.iter().zip(&rows) {
+            for (item, sample, rows) in &members {
+                let (objective, weight) = item.row_target();
                 targets.extend(rows.iter().map(|&r| Target {
-                    token: items[i].sample.tokens[r + 1],
-                    objective: items[i].objective,
-                    weight: items[i].weight,
+                    token: sample.tokens[r + 1],
+                    objective,
+                    weight,
                 }));
             }
-            let graded = self.micro_batch(trained, &batch, &targets, grads.as_deref_mut())?;
+            let masks = dropout.map(|d| (d, micro_batch));
+            let gradient = grads.is_some();
+            let graded = self.forward(trained, &batch, &targets, masks, gradient)?;
             let mut at = 0;
-            for (&i, rows) in bin.iter().zip(&rows) {
-                for g in &graded[at..at + rows.len()] {
-                    losses[i].loss += g.loss;
-                    losses[i].nll += g.nll;
-                }
-                losses[i].n_tokens = rows.len();
+            let mut spans = members.iter().map(|(_, _, rows)| {
                 at += rows.len();
+                at - rows.len()..at
+            });
+            let mut span = || spans.next().expect("one per sample");
+            for &i in &bin {
+                let item = &items[i];
+                let own = span();
+                let sum = |of: fn(&Graded) -> f64, rows: &Range<usize>| -> f64 {
+                    graded[rows.clone()].iter().map(of).sum()
+                };
+                let loss = &mut losses[i];
+                loss.loss = sum(|g| g.loss, &own);
+                loss.nll = sum(|g| g.nll, &own);
+                loss.n_tokens = own.len();
+                let Aim::Answer { loss: whole, .. } = item.aim else {
+                    continue;
+                };
+                let other = item.preferred().map(|_| span());
+                let margin = loss.nll - other.as_ref().map_or(0.0, |rows| sum(|g| g.nll, rows));
+                let (value, slope) = whole.grade(margin, own.len());
+                loss.loss = value;
+                if gradient {
+                    let slope = slope as f32 * item.weight;
+                    self.scale_rows(own, slope);
+                    self.scale_rows(other.unwrap_or_default(), -slope);
+                }
+            }
+            if let Some(grads) = grads.as_deref_mut() {
+                self.backward(grads)?;
             }
         }
         Ok(losses)
     }
 
-    fn micro_batch(
+    /// Losses of all rows; with `gradient`, the tape's seed `[n_embd, R]` is left behind.
+    fn forward(
         &mut self,
         trained: Trained<'_>,
         batch: &Packed,
         targets: &[Target],
-        grads: Option<&mut [Vec<f32>]>,
-    ) -> Result<Vec<super::loss::Graded>, Error> {
-        let gradient = grads.is_some();
-        self.fit_tape(trained, (batch.n_tokens(), batch.n_padded_rows()), gradient)?;
+        dropout: Option<(Dropout, usize)>,
+        gradient: bool,
+    ) -> Result<Vec<Graded>, Error> {
+        let shape = (batch.n_tokens(), batch.n_padded_rows());
+        self.fit_tape(trained, shape, gradient, dropout.is_some())?;
         let (tape, _) = self.tape.as_mut().expect("fit_tape leaves one");
+        match dropout {
+            Some((d, micro_batch)) => {
+                tape.set_dropout(Some(&|tensor, mask| d.fill(micro_batch, tensor, mask)))?;
+            }
+            None => tape.set_dropout(None)?,
+        }
         tape.forward(&mut self.cpu, batch, &mut self.hidden)?;
         let mut losses = BatchLosses::new(targets, gradient);
-        let n_rows = batch.n_rows;
-        let Some(grads) = grads else {
+        let (hidden, n_rows) = (&self.hidden, batch.n_rows);
+        if gradient {
+            self.head.gradients(
+                &mut self.cpu,
+                &self.open.weights,
+                hidden,
+                n_rows,
+                &mut losses,
+                &mut self.seed,
+            )?;
+        } else {
             self.head
-                .logits(&mut self.cpu, &self.hidden, n_rows, &mut losses)?;
-            return Ok(losses.graded);
-        };
-        let weights = &self.open.weights;
-        self.head.gradients(
-            &mut self.cpu,
-            weights,
-            &self.hidden,
-            n_rows,
-            &mut losses,
-            &mut self.seed,
-        )?;
+                .logits(&mut self.cpu, hidden, n_rows, &mut losses)?;
+        }
+        Ok(losses.graded)
+    }
+
+    /// Scale the seed of some rows: the head is linear on its way back.
+    fn scale_rows(&mut self, rows: Range<usize>, by: f32) {
+        let n = self.head.n_embd();
+        for g in &mut self.seed[rows.start * n..rows.end * n] {
+            *g *= by;
+        }
+    }
+
+    /// Propagate the seed and add the gradients to `grads`.
+    fn backward(&mut self, grads: &mut [Vec<f32>]) -> Result<(), Error> {
+        let (tape, _) = self.tape.as_mut().expect("the forward pass left one");
         tape.backward(&mut self.cpu, &self.seed)?;
         for (i, total) in grads.iter_mut().enumerate() {
             self.grad.resize(total.len(), 0.0);
@@ -202,7 +319,7 @@ impl<'m> Engine<'m> {
                 .with_min_len(1 << 14)
                 .for_each(|(t, g)| *t += g);
         }
-        Ok(losses.graded)
+        Ok(())
     }
 
     /// A tape of this shape; the last one is kept, since most batches repeat a shape.
@@ -211,8 +328,11 @@ impl<'m> Engine<'m> {
         trained: Trained<'_>,
         shape: (usize, usize),
         gradient: bool,
+        dropout: bool,
     ) -> Result<(), Error> {
-        let fits = |(t, g): &(Tape, bool)| t.shape() == shape && (*g || !gradient);
+        let fits = |(t, g): &(Tape, bool)| {
+            t.shape() == shape && (*g || !gradient) && (t.has_dropout() || !dropout)
+        };
         if self.tape.as_ref().is_some_and(fits) {
             return Ok(());
         }

@@ -12,7 +12,7 @@ use super::adamw::linear_schedule;
 use super::config::{StopConfig, TrainConfig};
 use super::engine::{mean_nll, mean_prob};
 use super::order::Order;
-use super::trainer::{StepBatch, StepReport, Trainer};
+use super::trainer::{Forget, StepBatch, StepReport, Trainer};
 use crate::data::Sample;
 use crate::error::Error;
 use serde::{Deserialize, Serialize};
@@ -71,6 +71,9 @@ pub struct FitState {
     pub checks: Vec<Check>,
     /// Factor on the learning rate, grown while progress is slow.
     pub boost: f32,
+    /// [`Forget::reference`] of every forget sample, for objectives that look at it; kept, so
+    /// that a resumed run sees the same bits.
+    pub reference: Vec<f64>,
     forget: Order,
     retain: Order,
     /// Parameters at the last check below the level, in the tape's order.
@@ -87,10 +90,40 @@ impl FitState {
             settled_at: None,
             checks: Vec::new(),
             boost: 1.0,
+            reference: Vec::new(),
             forget: Order::new(config.seed, 2, n_forget),
             retain: Order::new(config.seed, 3, n_retain),
             before: None,
         }
+    }
+}
+
+/// What is trained on.
+#[derive(Debug, Clone, Copy)]
+pub struct FitData<'a> {
+    /// To be forgotten.
+    pub forget: &'a [Sample],
+    /// The answers preferred to those of `forget`, one each; empty unless the objective is DPO.
+    pub preferred: &'a [Sample],
+    /// To be kept.
+    pub retain: &'a [Sample],
+}
+
+impl FitData<'_> {
+    /// [`Forget::reference`] of every forget sample.
+    ///
+    /// # Errors
+    /// When ggml fails.
+    pub fn references(&self, trainer: &mut Trainer<'_>) -> Result<Vec<f64>, Error> {
+        let samples: Vec<&Sample> = self.forget.iter().chain(self.preferred).collect();
+        let losses = trainer.base_losses(&samples)?;
+        let (forget, preferred) = losses.split_at(self.forget.len());
+        let preferred = |i: usize| preferred.get(i).map_or(0.0, |l| l.nll);
+        Ok(forget
+            .iter()
+            .enumerate()
+            .map(|(i, l)| l.nll - preferred(i))
+            .collect())
     }
 }
 
@@ -156,10 +189,11 @@ pub fn fit(
     config: &TrainConfig,
     stop: &StopConfig,
     state: &mut FitState,
-    (forget, retain): (&[Sample], &[Sample]),
+    data: FitData<'_>,
     watch: &mut dyn Watch,
 ) -> Result<Ended, Error> {
     let n = config.step_samples();
+    let forget = data.forget;
     let pass = forget.len().div_ceil(n);
     loop {
         let step = trainer.step as usize;
@@ -244,7 +278,7 @@ pub fn fit(
             }
         };
         let began = Instant::now();
-        let (batch, drawn) = draw(state, n, forget, retain);
+        let (batch, drawn) = draw(state, config, data);
         let report = trainer.step(config, &batch, lr)?;
         for (&i, l) in drawn.iter().zip(&report.forget_losses) {
             state.nll[i] = l.per_token();
@@ -261,12 +295,13 @@ pub fn fit(
 
 fn draw<'a>(
     state: &mut FitState,
-    n: usize,
-    forget: &'a [Sample],
-    retain: &'a [Sample],
+    config: &TrainConfig,
+    data: FitData<'a>,
 ) -> (StepBatch<'a>, Vec<usize>) {
+    let n = config.step_samples();
+    let n_forget = n.min(data.forget.len());
     let drawn = match state.until {
-        Until::Steps(_) => state.forget.take(n.min(forget.len())),
+        Until::Steps(_) => state.forget.take(n_forget),
         Until::Level(level) => {
             let nll = &state.nll;
             let level = if state.settled_at.is_some() {
@@ -277,10 +312,23 @@ fn draw<'a>(
             state.forget.take_where(n, |i| nll[i] < level)
         }
     };
+    let n_retain = if config.objective.has_retain() { n } else { 0 };
     let batch = StepBatch {
-        forget_share: drawn.len() as f32 / n.min(forget.len()) as f32,
-        forget: drawn.iter().map(|&i| &forget[i]).collect(),
-        retain: state.retain.take(n).iter().map(|&i| &retain[i]).collect(),
+        forget_share: drawn.len() as f32 / n_forget as f32,
+        forget: drawn
+            .iter()
+            .map(|&i| Forget {
+                sample: &data.forget[i],
+                preferred: data.preferred.get(i),
+                reference: state.reference.get(i).copied().unwrap_or_default(),
+            })
+            .collect(),
+        retain: state
+            .retain
+            .take(n_retain)
+            .iter()
+            .map(|&i| &data.retain[i])
+            .collect(),
     };
     (batch, drawn)
 }

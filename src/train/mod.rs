@@ -2,8 +2,10 @@
 
 pub mod adamw;
 pub mod adapters;
+pub mod answer_loss;
 pub mod checkpoint;
 pub mod config;
+pub mod dropout;
 pub mod engine;
 pub mod fit;
 pub mod learn;

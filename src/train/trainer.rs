@@ -3,8 +3,8 @@
 use super::adamw::{AdamWConfig, Moments};
 use super::adapters::Pairs;
 use super::config::{Constraint, TrainConfig};
+use super::dropout::Dropout;
 use super::engine::{Engine, Item, SampleLoss};
-use super::loss::RowObjective;
 use crate::data::Sample;
 use crate::error::Error;
 use crate::graph::tape::{Factors, Trained};
@@ -12,10 +12,11 @@ use crate::project::{RolTerm, rol};
 use rayon::prelude::*;
 use serde::Serialize;
 
-/// What one step did. Losses are means over the batch's answer tokens.
+/// What one step did. Losses are means over the batch's answer tokens, those of whole answers
+/// over its samples.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct StepReport {
-    /// Loss on the forget rows.
+    /// Loss on the forget samples.
     pub forget: Option<f64>,
     /// Cross-entropy on the retain rows.
     pub retain: Option<f64>,
@@ -30,11 +31,22 @@ pub struct StepReport {
     pub forget_losses: Vec<SampleLoss>,
 }
 
+/// A forget sample and what losses of whole answers compare it with.
+#[derive(Debug, Clone, Copy)]
+pub struct Forget<'a> {
+    /// The sample.
+    pub sample: &'a Sample,
+    /// The answer preferred to its own (DPO).
+    pub preferred: Option<&'a Sample>,
+    /// Its answer's NLL under the untouched model, less that of the preferred one (NPO, DPO).
+    pub reference: f64,
+}
+
 /// The samples of one step.
 #[derive(Debug, Clone, Default)]
 pub struct StepBatch<'a> {
     /// Towards forgetting.
-    pub forget: Vec<&'a Sample>,
+    pub forget: Vec<Forget<'a>>,
     /// Towards keeping.
     pub retain: Vec<&'a Sample>,
     /// Share of a full forget batch: what is left to forget pulls no harder when it is little.
@@ -79,15 +91,21 @@ impl<'m> Trainer<'m> {
     /// # Errors
     /// When ggml fails.
     pub fn losses(&mut self, samples: &[&Sample]) -> Result<Vec<SampleLoss>, Error> {
-        let items: Vec<Item<'_>> = samples
-            .iter()
-            .map(|sample| Item {
-                sample,
-                objective: RowObjective::CrossEntropy,
-                weight: 1.0,
-            })
-            .collect();
-        self.engine.losses(Trained::Factors(&self.factors), &items)
+        self.engine
+            .losses(Trained::Factors(&self.factors), &remembered(samples, 1.0))
+    }
+
+    /// Losses of `samples` under the untouched model: no factors in the graph.
+    ///
+    /// # Errors
+    /// When ggml fails.
+    pub fn base_losses(&mut self, samples: &[&Sample]) -> Result<Vec<SampleLoss>, Error> {
+        self.engine.reset();
+        let losses = self
+            .engine
+            .losses(Trained::Nothing, &remembered(samples, 1.0));
+        self.engine.reset();
+        losses
     }
 
     /// Take one step at learning rate `lr`.
@@ -100,35 +118,35 @@ impl<'m> Trainer<'m> {
         batch: &StepBatch<'_>,
         lr: f32,
     ) -> Result<StepReport, Error> {
-        let n_tokens = |set: &[&Sample]| {
-            set.iter()
-                .map(|s| s.n_answer_tokens())
-                .sum::<usize>()
-                .max(1) as f32
+        let n_forget = if config.objective.is_whole() {
+            batch.forget.len().max(1) as f32
+        } else {
+            n_tokens(batch.forget.iter().map(|f| f.sample))
         };
-        let (n_forget, n_retain) = (n_tokens(&batch.forget), n_tokens(&batch.retain));
-        let items: Vec<Item<'_>> = batch
+        let n_retain = n_tokens(batch.retain.iter().copied());
+        let mut items: Vec<Item<'_>> = batch
             .forget
             .iter()
-            .map(|s| (*s, config.objective.row(), batch.forget_share / n_forget))
-            .chain(
-                batch
-                    .retain
-                    .iter()
-                    .map(|s| (*s, RowObjective::CrossEntropy, config.gamma / n_retain)),
-            )
-            .map(|(sample, objective, weight)| Item {
-                sample,
-                objective,
-                weight,
+            .map(|f| Item {
+                sample: f.sample,
+                aim: config.aim(f),
+                weight: batch.forget_share / n_forget,
             })
             .collect();
+        items.extend(remembered(&batch.retain, config.gamma / n_retain));
         for g in &mut self.grads {
             g.fill(0.0);
         }
-        let losses =
-            self.engine
-                .gradients(Trained::Factors(&self.factors), &items, &mut self.grads)?;
+        let dropout = (config.dropout > 0.0).then_some(Dropout {
+            rate: config.dropout,
+            seed: config.seed,
+            step: self.step,
+        });
+        self.factors.dropout = dropout.is_some();
+        let trained = Trained::Factors(&self.factors);
+        let losses = self
+            .engine
+            .gradients(trained, &items, dropout, &mut self.grads)?;
         let rol = match config.constraint {
             Constraint::Rol if config.lambda > 0.0 => Some(self.add_rol(config)?),
             _ => None,
@@ -170,7 +188,7 @@ impl<'m> Trainer<'m> {
             retain: mean(retain, n_retain),
             rol,
             grad_norm,
-            tokens: items.iter().map(|i| i.sample.tokens.len()).sum(),
+            tokens: items.iter().map(Item::n_tokens).sum(),
             forget_losses: forget.to_vec(),
         })
     }
@@ -210,4 +228,16 @@ impl<'m> Trainer<'m> {
             .collect();
         squares.iter().sum::<f64>().sqrt()
     }
+}
+
+fn remembered<'a>(samples: &[&'a Sample], weight: f32) -> Vec<Item<'a>> {
+    samples
+        .iter()
+        .map(|s| Item::remembered(s, weight))
+        .collect()
+}
+
+/// Answer tokens, at least one: what a mean divides by.
+fn n_tokens<'a>(samples: impl Iterator<Item = &'a Sample>) -> f32 {
+    samples.map(Sample::n_answer_tokens).sum::<usize>().max(1) as f32
 }
