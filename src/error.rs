@@ -5,6 +5,7 @@ use crate::data::{DataError, Overlap};
 use crate::ggml::{DecodeError, LlamaError, OpError, QuantError};
 use crate::gguf::GgufError;
 use crate::graph::GraphError;
+use crate::merge::moments::MomentsError;
 use crate::patch::PatchError;
 use crate::project::ProjectError;
 use crate::subspace::SubspaceError;
@@ -49,6 +50,9 @@ pub enum Error {
         /// The parser's words, with line and column.
         problem: String,
     },
+    /// No second moments for a merge.
+    #[error(transparent)]
+    Moments(#[from] MomentsError),
     /// The user interrupted a run that can go on.
     #[error("interrupted after step {step}; the run is kept in {}", checkpoint.display())]
     Interrupted {
@@ -169,12 +173,15 @@ impl Error {
             | Self::NotAModel { .. } => 3,
             Self::Atomic(AtomicError::Io { doing, .. }) if *doing == "syncing the directory" => 7,
             Self::Atomic(_) | Self::Io { .. } => 6,
-            Self::Graph(GraphError::Ggml(OpError::Memory { .. })) => 6,
+            Self::Graph(GraphError::Ggml(OpError::Memory { .. }))
+            | Self::Moments(MomentsError::Memory { .. }) => 6,
+            Self::Moments(MomentsError::NoTokens | MomentsError::NoSet { .. }) => 3,
+            Self::Moments(MomentsError::Budget { .. }) => 2,
             Self::Subspace(SubspaceError::Config { .. } | SubspaceError::RankAboveWidth { .. }) => {
                 2
             }
             Self::Subspace(_) | Self::Project(_) | Self::NotFinite { .. } => 8,
-            Self::Graph(_) | Self::Llama(_) => 8,
+            Self::Graph(_) | Self::Llama(_) | Self::Moments(_) => 8,
         }
     }
 }

@@ -37,15 +37,71 @@ impl NodeView<'_> {
         read_f32(self.0, out)
     }
 
-    /// The same for source `i`.
-    pub fn read_src_f32(&self, i: usize, out: &mut Vec<f32>) -> bool {
-        // SAFETY: non-null sources of a live node are live.
+    /// An identity for source `i`, the same for every reader of one tensor within a graph.
+    pub fn src_id(&self, i: usize) -> Option<usize> {
         self.0
             .src
             .get(i)
-            .and_then(|p| unsafe { p.as_ref() })
-            .is_some_and(|t| read_f32(t, out))
+            .filter(|p| !p.is_null())
+            .map(|&p| p as usize)
     }
+
+    /// Copy out source `i` in logical order, whatever its strides (f32, f16 or bf16).
+    ///
+    /// Returns its `ne`; the error names what it is instead, and `out` is then untouched.
+    ///
+    /// # Errors
+    /// No such source, another type, no data.
+    pub fn read_src(&self, i: usize, out: &mut Vec<f32>) -> Result<[i64; 4], String> {
+        // SAFETY: non-null sources of a live node are live.
+        let source = self.0.src.get(i).and_then(|p| unsafe { p.as_ref() });
+        let t = source.ok_or_else(|| format!("no source {i}"))?;
+        if !read_f32(t, out) {
+            read_strided(t, out)?;
+        }
+        Ok(t.ne)
+    }
+}
+
+/// Reads the bytes that the tensor spans in one piece and picks its elements from them: one
+/// transfer from a device, however the tensor is strided.
+fn read_strided(t: &ggml_tensor, out: &mut Vec<f32>) -> Result<(), String> {
+    let decode: fn(&[u8]) -> f32 = match t.type_ {
+        ggml_sys::GGML_TYPE_F32 => |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
+        ggml_sys::GGML_TYPE_F16 => |b| half::f16::from_le_bytes([b[0], b[1]]).to_f32(),
+        ggml_sys::GGML_TYPE_BF16 => |b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32(),
+        other => return Err(format!("a tensor of type {other}")),
+    };
+    let size = if t.type_ == ggml_sys::GGML_TYPE_F32 {
+        4
+    } else {
+        2
+    };
+    // SAFETY: a live node's view source is live.
+    let owner = unsafe { t.view_src.as_ref() }.unwrap_or(t);
+    if t.data.is_null() || owner.buffer.is_null() || t.ne.iter().any(|&n| n < 1) {
+        return Err("a tensor without data".into());
+    }
+    let ne = t.ne.map(|n| n as usize);
+    let span = size + (0..4).map(|d| (ne[d] - 1) * t.nb[d]).sum::<usize>();
+    let mut bytes = vec![0; span];
+    // SAFETY: `span` is ggml_nbytes of a type without blocks; computed and synchronised by the
+    // scheduler before it asks.
+    unsafe { ggml_sys::ggml_backend_tensor_get(t, bytes.as_mut_ptr().cast(), 0, span) };
+    out.clear();
+    out.reserve(ne.iter().product());
+    for i3 in 0..ne[3] {
+        for i2 in 0..ne[2] {
+            for i1 in 0..ne[1] {
+                let row = i3 * t.nb[3] + i2 * t.nb[2] + i1 * t.nb[1];
+                out.extend((0..ne[0]).map(|i0| {
+                    let at = row + i0 * t.nb[0];
+                    decode(&bytes[at..at + size])
+                }));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn read_f32(t: &ggml_tensor, out: &mut Vec<f32>) -> bool {
