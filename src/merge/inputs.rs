@@ -364,7 +364,12 @@ impl Run {
             }
             .into());
         }
-        Ok(watch.inputs.iter().map(|i| row_bytes(i.n_in)).sum::<u64>().max(1))
+        Ok(watch
+            .inputs
+            .iter()
+            .map(|i| row_bytes(i.n_in))
+            .sum::<u64>()
+            .max(1))
     }
 
     /// Decode samples side by side, `n_batch` tokens at a time: a sample may be cut anywhere,
@@ -412,7 +417,10 @@ impl Run {
             self.decode(&mut batch)?;
             let watch = self.watch.lock().expect("the context is idle");
             if watch.left > 0 {
-                let missing = watch.inputs.iter().find(|i| i.starts.len() < self.batches.len());
+                let missing = watch
+                    .inputs
+                    .iter()
+                    .find(|i| i.starts.len() < self.batches.len());
                 let tensor = missing.map_or_else(String::new, |i| i.tensors[0].clone());
                 return Err(MomentsError::NoInput { tensor }.into());
             }
@@ -423,7 +431,13 @@ impl Run {
 
     fn decode(&mut self, batch: &mut Batch) -> Result<(), Error> {
         let decoded = self.context.decode(batch);
-        if let Some(e) = self.watch.lock().expect("the context is idle").failed.take() {
+        if let Some(e) = self
+            .watch
+            .lock()
+            .expect("the context is idle")
+            .failed
+            .take()
+        {
             return Err(e);
         }
         match decoded {
@@ -457,10 +471,16 @@ mod tests {
     fn a_tenth_is_held_out_by_sample_or_by_token() {
         let many = plan(&samples(&[12; 40]), 1000);
         assert_eq!(counts(&many), (360, 40));
-        assert!(many.iter().all(|p| p.fit.is_empty() || p.held_out.is_empty()));
+        assert!(
+            many.iter()
+                .all(|p| p.fit.is_empty() || p.held_out.is_empty())
+        );
         let few = plan(&samples(&[102, 52]), 1000);
         assert_eq!(counts(&few), (135, 15));
-        assert_eq!((few[0].fit.clone(), few[0].held_out.clone()), (1..91, 91..101));
+        assert_eq!(
+            (few[0].fit.clone(), few[0].held_out.clone()),
+            (1..91, 91..101)
+        );
         // BOS and the answer's end alone leave nothing to keep.
         assert!(plan(&samples(&[2, 1, 2]), 10).is_empty());
     }
@@ -484,6 +504,9 @@ mod tests {
     #[test]
     fn device_copies_are_known_by_the_weights_name() {
         assert_eq!(weight_name("blk.0.attn_q.weight"), "blk.0.attn_q.weight");
-        assert_eq!(weight_name("CUDA0#blk.0.attn_q.weight#0"), "blk.0.attn_q.weight");
+        assert_eq!(
+            weight_name("CUDA0#blk.0.attn_q.weight#0"),
+            "blk.0.attn_q.weight"
+        );
     }
 }

@@ -340,13 +340,7 @@ impl Captured {
     ///
     /// # Errors
     /// As [`moments`](Self::moments).
-    pub fn energy(
-        &self,
-        tensor: &str,
-        sets: &[Set],
-        part: Part,
-        e: &[f32],
-    ) -> Result<f64, Error> {
+    pub fn energy(&self, tensor: &str, sets: &[Set], part: Part, e: &[f32]) -> Result<f64, Error> {
         let n_in = self.n_in(tensor)?;
         let n_out = e.len() / n_in;
         let e = MatRef::from_column_major_slice(&e[..n_in * n_out], n_in, n_out);
@@ -409,7 +403,10 @@ pub(super) fn product(out: &mut [f32], a: MatRef<'_, f32>, b: MatRef<'_, f32>) {
 }
 
 fn no_set(sets: &[Set]) -> Error {
-    let names: Vec<String> = sets.iter().map(|s| format!("{s:?}").to_lowercase()).collect();
+    let names: Vec<String> = sets
+        .iter()
+        .map(|s| format!("{s:?}").to_lowercase())
+        .collect();
     MomentsError::NoSet {
         wanted: names.join(" or "),
     }

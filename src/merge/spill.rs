@@ -145,10 +145,7 @@ mod tests {
         let second = spill
             .append(
                 n_in,
-                rows[2..]
-                    .iter()
-                    .map(Vec::as_slice)
-                    .chain([zero.as_slice()]),
+                rows[2..].iter().map(Vec::as_slice).chain([zero.as_slice()]),
             )
             .expect("written");
         assert_eq!((first, second), (0, 2 * row_bytes(n_in)));
@@ -159,7 +156,10 @@ mod tests {
         for (row, back) in rows[2..].iter().zip(back.chunks(n_in)) {
             let largest = row.iter().fold(0f32, |m, v| m.max(v.abs()));
             for (a, b) in row.iter().zip(back) {
-                assert!((a - b).abs() <= a.abs() / 2048.0 + largest * 1e-9, "{a} {b}");
+                assert!(
+                    (a - b).abs() <= a.abs() / 2048.0 + largest * 1e-9,
+                    "{a} {b}"
+                );
             }
         }
     }
