@@ -5,7 +5,10 @@ use crate::data::{DataError, Overlap};
 use crate::ggml::{DecodeError, LlamaError, OpError, QuantError};
 use crate::gguf::GgufError;
 use crate::graph::GraphError;
+use crate::merge::gate::GateError;
+use crate::merge::imatrix::ImatrixError;
 use crate::merge::moments::MomentsError;
+use crate::merge::sketch::SketchError;
 use crate::patch::PatchError;
 use crate::project::ProjectError;
 use crate::subspace::SubspaceError;
@@ -53,6 +56,15 @@ pub enum Error {
     /// No second moments for a merge.
     #[error(transparent)]
     Moments(#[from] MomentsError),
+    /// An importance matrix that was refused.
+    #[error(transparent)]
+    Imatrix(#[from] ImatrixError),
+    /// A file of sketched moments that was refused.
+    #[error(transparent)]
+    Sketch(#[from] SketchError),
+    /// A merged file that is not accepted.
+    #[error(transparent)]
+    Gate(#[from] GateError),
     /// The user interrupted a run that can go on.
     #[error("interrupted after step {step}; the run is kept in {}", checkpoint.display())]
     Interrupted {
@@ -175,7 +187,17 @@ impl Error {
             Self::Atomic(_) | Self::Io { .. } => 6,
             Self::Graph(GraphError::Ggml(OpError::Memory { .. }))
             | Self::Moments(MomentsError::Memory { .. }) => 6,
-            Self::Moments(MomentsError::NoTokens | MomentsError::NoSet { .. }) => 3,
+            Self::Moments(MomentsError::NoTokens | MomentsError::NoSet { .. })
+            | Self::Imatrix(_)
+            | Self::Gate(GateError::NoSamples | GateError::Vocabulary { .. }) => 3,
+            Self::Gate(_) => 5,
+            Self::Sketch(e) => {
+                if e.is_mismatch() {
+                    4
+                } else {
+                    3
+                }
+            }
             Self::Moments(MomentsError::Budget { .. }) => 2,
             Self::Subspace(SubspaceError::Config { .. } | SubspaceError::RankAboveWidth { .. }) => {
                 2

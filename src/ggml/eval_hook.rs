@@ -9,6 +9,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 /// A node of llama.cpp's graph, as the callback sees it.
 pub struct NodeView<'a>(&'a ggml_tensor);
 
+#[cfg(test)]
+impl<'a> NodeView<'a> {
+    pub(super) fn new(t: &'a ggml_tensor) -> Self {
+        Self(t)
+    }
+}
+
 impl NodeView<'_> {
     /// ggml's op number.
     pub fn op(&self) -> u32 {
@@ -267,5 +274,54 @@ impl Recorded {
         });
         self.index.insert(key, i);
         i
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::ggml::{Cpu, Ctx};
+    use half::f16;
+
+    #[test]
+    fn sources_are_read_in_logical_order_whatever_their_strides() {
+        let cpu = Cpu::new(1).expect("a CPU");
+        let mut ctx = Ctx::new(16).expect("a context");
+        let whole = ctx.leaf(ggml_sys::GGML_TYPE_F32, [4, 3, 2, 1], "whole");
+        let half = ctx.leaf(ggml_sys::GGML_TYPE_F16, [4, 3, 1, 1], "half");
+        let (whole, half) = (whole.expect("a leaf"), half.expect("a leaf"));
+        let _buffer = cpu.place(&mut ctx, &[whole, half]).expect("room");
+        let values: Vec<f32> = (0..24).map(|v| v as f32).collect();
+        ctx.write(whole, &values).expect("written");
+        let halves: Vec<f16> = values[..12].iter().map(|&v| f16::from_f32(v)).collect();
+        ctx.write(half, &halves).expect("written");
+
+        // Element (i0, i1, i2) of the permuted view is (i1, i2, i0) of the leaf.
+        let turned = ctx.permute(whole, [1, 2, 0, 3]).expect("a view");
+        let columns = ctx.transpose(half).expect("a view");
+        let readers = [turned, columns].map(|t| {
+            let ne = ctx.ne(t);
+            ctx.cont(t, ne).expect("a node")
+        });
+        let mut out = Vec::new();
+        let ne = ctx.node(readers[0]).read_src(0, &mut out).expect("f32");
+        let [n0, n1, n2] = [ne[0], ne[1], ne[2]].map(|n| n as usize);
+        assert_eq!(ne.iter().product::<i64>(), 24);
+        let nb = ctx.nb(turned).map(|b| b / 4);
+        for i2 in 0..n2 {
+            for i1 in 0..n1 {
+                for i0 in 0..n0 {
+                    let wanted = i0 * nb[0] + i1 * nb[1] + i2 * nb[2];
+                    assert_eq!(out[(i2 * n1 + i1) * n0 + i0], wanted as f32);
+                }
+            }
+        }
+        assert_ne!(out, values);
+        let ne = ctx.node(readers[1]).read_src(0, &mut out).expect("f16");
+        assert_eq!(ne, [3, 4, 1, 1]);
+        let wanted = (0..12).map(|i| (4 * (i % 3) + i / 3) as f32);
+        assert_eq!(out, wanted.collect::<Vec<_>>());
+        assert!(ctx.node(readers[1]).read_src(5, &mut out).is_err());
+        let ids = [readers[0], readers[1]].map(|r| ctx.node(r).src_id(0));
+        assert!(ids[0].is_some() && ids[0] != ids[1]);
     }
 }
