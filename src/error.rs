@@ -6,6 +6,10 @@ use crate::eval::tofu_log::LogError;
 use crate::ggml::{DecodeError, LlamaError, OpError, QuantError};
 use crate::gguf::GgufError;
 use crate::graph::GraphError;
+use crate::merge::gate::GateError;
+use crate::merge::imatrix::ImatrixError;
+use crate::merge::moments::MomentsError;
+use crate::merge::sketch::SketchError;
 use crate::patch::PatchError;
 use crate::project::ProjectError;
 use crate::score::tofu::PartialError;
@@ -51,6 +55,18 @@ pub enum Error {
         /// The parser's words, with line and column.
         problem: String,
     },
+    /// No second moments for a merge.
+    #[error(transparent)]
+    Moments(#[from] MomentsError),
+    /// An importance matrix that was refused.
+    #[error(transparent)]
+    Imatrix(#[from] ImatrixError),
+    /// A file of sketched moments that was refused.
+    #[error(transparent)]
+    Sketch(#[from] SketchError),
+    /// A merged file that is not accepted.
+    #[error(transparent)]
+    Gate(#[from] GateError),
     /// The user interrupted a run that can go on.
     #[error("interrupted after step {step}; the run is kept in {}", checkpoint.display())]
     Interrupted {
@@ -192,12 +208,25 @@ impl Error {
             | Self::NotAModel { .. } => 3,
             Self::Atomic(AtomicError::Io { doing, .. }) if *doing == "syncing the directory" => 7,
             Self::Atomic(_) | Self::Io { .. } => 6,
-            Self::Graph(GraphError::Ggml(OpError::Memory { .. })) => 6,
+            Self::Graph(GraphError::Ggml(OpError::Memory { .. }))
+            | Self::Moments(MomentsError::Memory { .. }) => 6,
+            Self::Moments(MomentsError::NoTokens | MomentsError::NoSet { .. })
+            | Self::Imatrix(_)
+            | Self::Gate(GateError::NoSamples | GateError::Vocabulary { .. }) => 3,
+            Self::Gate(_) => 5,
+            Self::Sketch(e) => {
+                if e.is_mismatch() {
+                    4
+                } else {
+                    3
+                }
+            }
+            Self::Moments(MomentsError::Budget { .. }) => 2,
             Self::Subspace(SubspaceError::Config { .. } | SubspaceError::RankAboveWidth { .. }) => {
                 2
             }
             Self::Subspace(_) | Self::Project(_) | Self::NotFinite { .. } => 8,
-            Self::Graph(_) | Self::Llama(_) => 8,
+            Self::Graph(_) | Self::Llama(_) | Self::Moments(_) => 8,
         }
     }
 }

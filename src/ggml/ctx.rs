@@ -98,6 +98,12 @@ impl Ctx {
         unsafe { self.tensors[t.0 as usize].as_ref() }
     }
 
+    /// `t` as the evaluation callback would see it.
+    #[cfg(test)]
+    pub(super) fn node(&self, t: Tensor) -> super::NodeView<'_> {
+        super::NodeView::new(self.get(t))
+    }
+
     fn ptr(&self, t: Tensor) -> *mut ggml_tensor {
         self.tensors[t.0 as usize].as_ptr()
     }

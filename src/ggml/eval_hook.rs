@@ -9,6 +9,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 /// A node of llama.cpp's graph, as the callback sees it.
 pub struct NodeView<'a>(&'a ggml_tensor);
 
+#[cfg(test)]
+impl<'a> NodeView<'a> {
+    pub(super) fn new(t: &'a ggml_tensor) -> Self {
+        Self(t)
+    }
+}
+
 impl NodeView<'_> {
     /// ggml's op number.
     pub fn op(&self) -> u32 {
@@ -37,15 +44,71 @@ impl NodeView<'_> {
         read_f32(self.0, out)
     }
 
-    /// The same for source `i`.
-    pub fn read_src_f32(&self, i: usize, out: &mut Vec<f32>) -> bool {
-        // SAFETY: non-null sources of a live node are live.
+    /// An identity for source `i`, the same for every reader of one tensor within a graph.
+    pub fn src_id(&self, i: usize) -> Option<usize> {
         self.0
             .src
             .get(i)
-            .and_then(|p| unsafe { p.as_ref() })
-            .is_some_and(|t| read_f32(t, out))
+            .filter(|p| !p.is_null())
+            .map(|&p| p as usize)
     }
+
+    /// Copy out source `i` in logical order, whatever its strides (f32, f16 or bf16).
+    ///
+    /// Returns its `ne`; the error names what it is instead, and `out` is then untouched.
+    ///
+    /// # Errors
+    /// No such source, another type, no data.
+    pub fn read_src(&self, i: usize, out: &mut Vec<f32>) -> Result<[i64; 4], String> {
+        // SAFETY: non-null sources of a live node are live.
+        let source = self.0.src.get(i).and_then(|p| unsafe { p.as_ref() });
+        let t = source.ok_or_else(|| format!("no source {i}"))?;
+        if !read_f32(t, out) {
+            read_strided(t, out)?;
+        }
+        Ok(t.ne)
+    }
+}
+
+/// Reads the bytes that the tensor spans in one piece and picks its elements from them: one
+/// transfer from a device, however the tensor is strided.
+fn read_strided(t: &ggml_tensor, out: &mut Vec<f32>) -> Result<(), String> {
+    let decode: fn(&[u8]) -> f32 = match t.type_ {
+        ggml_sys::GGML_TYPE_F32 => |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
+        ggml_sys::GGML_TYPE_F16 => |b| half::f16::from_le_bytes([b[0], b[1]]).to_f32(),
+        ggml_sys::GGML_TYPE_BF16 => |b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32(),
+        other => return Err(format!("a tensor of type {other}")),
+    };
+    let size = if t.type_ == ggml_sys::GGML_TYPE_F32 {
+        4
+    } else {
+        2
+    };
+    // SAFETY: a live node's view source is live.
+    let owner = unsafe { t.view_src.as_ref() }.unwrap_or(t);
+    if t.data.is_null() || owner.buffer.is_null() || t.ne.iter().any(|&n| n < 1) {
+        return Err("a tensor without data".into());
+    }
+    let ne = t.ne.map(|n| n as usize);
+    let span = size + (0..4).map(|d| (ne[d] - 1) * t.nb[d]).sum::<usize>();
+    let mut bytes = vec![0; span];
+    // SAFETY: `span` is ggml_nbytes of a type without blocks; computed and synchronised by the
+    // scheduler before it asks.
+    unsafe { ggml_sys::ggml_backend_tensor_get(t, bytes.as_mut_ptr().cast(), 0, span) };
+    out.clear();
+    out.reserve(ne.iter().product());
+    for i3 in 0..ne[3] {
+        for i2 in 0..ne[2] {
+            for i1 in 0..ne[1] {
+                let row = i3 * t.nb[3] + i2 * t.nb[2] + i1 * t.nb[1];
+                out.extend((0..ne[0]).map(|i0| {
+                    let at = row + i0 * t.nb[0];
+                    decode(&bytes[at..at + size])
+                }));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn read_f32(t: &ggml_tensor, out: &mut Vec<f32>) -> bool {
@@ -211,5 +274,54 @@ impl Recorded {
         });
         self.index.insert(key, i);
         i
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::ggml::{Cpu, Ctx};
+    use half::f16;
+
+    #[test]
+    fn sources_are_read_in_logical_order_whatever_their_strides() {
+        let cpu = Cpu::new(1).expect("a CPU");
+        let mut ctx = Ctx::new(16).expect("a context");
+        let whole = ctx.leaf(ggml_sys::GGML_TYPE_F32, [4, 3, 2, 1], "whole");
+        let half = ctx.leaf(ggml_sys::GGML_TYPE_F16, [4, 3, 1, 1], "half");
+        let (whole, half) = (whole.expect("a leaf"), half.expect("a leaf"));
+        let _buffer = cpu.place(&mut ctx, &[whole, half]).expect("room");
+        let values: Vec<f32> = (0..24).map(|v| v as f32).collect();
+        ctx.write(whole, &values).expect("written");
+        let halves: Vec<f16> = values[..12].iter().map(|&v| f16::from_f32(v)).collect();
+        ctx.write(half, &halves).expect("written");
+
+        // Element (i0, i1, i2) of the permuted view is (i1, i2, i0) of the leaf.
+        let turned = ctx.permute(whole, [1, 2, 0, 3]).expect("a view");
+        let columns = ctx.transpose(half).expect("a view");
+        let readers = [turned, columns].map(|t| {
+            let ne = ctx.ne(t);
+            ctx.cont(t, ne).expect("a node")
+        });
+        let mut out = Vec::new();
+        let ne = ctx.node(readers[0]).read_src(0, &mut out).expect("f32");
+        let [n0, n1, n2] = [ne[0], ne[1], ne[2]].map(|n| n as usize);
+        assert_eq!(ne.iter().product::<i64>(), 24);
+        let nb = ctx.nb(turned).map(|b| b / 4);
+        for i2 in 0..n2 {
+            for i1 in 0..n1 {
+                for i0 in 0..n0 {
+                    let wanted = i0 * nb[0] + i1 * nb[1] + i2 * nb[2];
+                    assert_eq!(out[(i2 * n1 + i1) * n0 + i0], wanted as f32);
+                }
+            }
+        }
+        assert_ne!(out, values);
+        let ne = ctx.node(readers[1]).read_src(0, &mut out).expect("f16");
+        assert_eq!(ne, [3, 4, 1, 1]);
+        let wanted = (0..12).map(|i| (4 * (i % 3) + i / 3) as f32);
+        assert_eq!(out, wanted.collect::<Vec<_>>());
+        assert!(ctx.node(readers[1]).read_src(5, &mut out).is_err());
+        let ids = [readers[0], readers[1]].map(|r| ctx.node(r).src_id(0));
+        assert!(ids[0].is_some() && ids[0] != ids[1]);
     }
 }

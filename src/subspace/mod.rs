@@ -19,7 +19,7 @@ mod spectrum;
 pub use moments::{MAX_DENSE, Moments, solve_dense};
 pub use retain::{MAX_FACTOR, RetainBasis, retain_only};
 pub use sketch::Sketch;
-pub(crate) use spectrum::{ThinQr, left_svd, product, to_f64};
+pub(crate) use spectrum::{ThinQr, add_symmetric, eigen_descending, left_svd, product, to_f64};
 
 use faer::Mat;
 use rayon::prelude::*;
