@@ -5,6 +5,7 @@ use crate::data::{DataError, Overlap};
 use crate::ggml::{DecodeError, LlamaError, OpError, QuantError};
 use crate::gguf::GgufError;
 use crate::graph::GraphError;
+use crate::merge::error::RoundError;
 use crate::patch::PatchError;
 use crate::project::ProjectError;
 use crate::subspace::SubspaceError;
@@ -93,6 +94,9 @@ pub enum Error {
     /// Factors that do not fit together.
     #[error(transparent)]
     Project(#[from] ProjectError),
+    /// Weights or second moments that cannot be rounded on.
+    #[error(transparent)]
+    Round(#[from] RoundError),
     /// Training ran away.
     #[error("{what} is not finite at step {step}; a lower learning rate may help")]
     NotFinite {
@@ -173,6 +177,8 @@ impl Error {
             Self::Subspace(SubspaceError::Config { .. } | SubspaceError::RankAboveWidth { .. }) => {
                 2
             }
+            Self::Round(RoundError::Quant(_) | RoundError::NotPositive { .. }) => 8,
+            Self::Round(_) => 3,
             Self::Subspace(_) | Self::Project(_) | Self::NotFinite { .. } => 8,
             Self::Graph(_) | Self::Llama(_) => 8,
         }

@@ -1,3 +1,9 @@
 //! Patches merged into the model's own weights.
 
+pub mod delta;
+mod descent;
+pub mod error;
+pub mod factor;
+pub mod feedback;
+pub mod grid;
 pub mod rewrite;
