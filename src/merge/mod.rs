@@ -6,4 +6,5 @@ pub mod error;
 pub mod factor;
 pub mod feedback;
 pub mod grid;
+pub mod measure;
 pub mod rewrite;
