@@ -10,6 +10,7 @@ use crate::merge::gate::GateError;
 use crate::merge::imatrix::ImatrixError;
 use crate::merge::moments::MomentsError;
 use crate::merge::sketch::SketchError;
+use crate::merge::error::RoundError;
 use crate::patch::PatchError;
 use crate::project::ProjectError;
 use crate::score::tofu::PartialError;
@@ -130,6 +131,9 @@ pub enum Error {
     /// Factors that do not fit together.
     #[error(transparent)]
     Project(#[from] ProjectError),
+    /// Weights or second moments that cannot be rounded on.
+    #[error(transparent)]
+    Round(#[from] RoundError),
     /// Training ran away.
     #[error("{what} is not finite at step {step}; a lower learning rate may help")]
     NotFinite {
@@ -225,6 +229,8 @@ impl Error {
             Self::Subspace(SubspaceError::Config { .. } | SubspaceError::RankAboveWidth { .. }) => {
                 2
             }
+            Self::Round(RoundError::Quant(_) | RoundError::NotPositive { .. }) => 8,
+            Self::Round(_) => 3,
             Self::Subspace(_) | Self::Project(_) | Self::NotFinite { .. } => 8,
             Self::Graph(_) | Self::Llama(_) | Self::Moments(_) => 8,
         }

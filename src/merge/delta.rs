@@ -1,0 +1,92 @@
+//! ΔW = Σ s·B·A of one tensor, a row at a time: no [n_in, n_out] matrix is ever formed.
+
+use super::error::RoundError;
+use crate::patch::Update;
+
+/// One low-rank term: `lora_a` [n_in, rank], `lora_b` [rank, n_out].
+#[derive(Debug, Clone, Copy)]
+struct Term<'a> {
+    lora_a: &'a [f32],
+    lora_b: &'a [f32],
+    rank: usize,
+    scale: f32,
+}
+
+/// The sum of several adapters' updates of one tensor.
+#[derive(Debug, Clone)]
+pub struct Delta<'a> {
+    n_in: usize,
+    n_out: usize,
+    terms: Vec<Term<'a>>,
+}
+
+impl<'a> Delta<'a> {
+    /// No update of a tensor [n_in, n_out].
+    pub fn new(n_in: usize, n_out: usize) -> Self {
+        Self {
+            n_in,
+            n_out,
+            terms: Vec::new(),
+        }
+    }
+
+    /// Adds `scale`·B·A with `lora_a` [n_in, rank] and `lora_b` [rank, n_out].
+    ///
+    /// # Errors
+    /// Factors of another size.
+    pub fn push(
+        &mut self,
+        lora_a: &'a [f32],
+        lora_b: &'a [f32],
+        rank: usize,
+        scale: f32,
+    ) -> Result<(), RoundError> {
+        for (what, wanted, found) in [
+            ("lora_a", self.n_in * rank, lora_a.len()),
+            ("lora_b", rank * self.n_out, lora_b.len()),
+        ] {
+            if wanted != found {
+                return Err(RoundError::Length {
+                    what,
+                    wanted,
+                    found,
+                });
+            }
+        }
+        self.terms.push(Term {
+            lora_a,
+            lora_b,
+            rank,
+            scale,
+        });
+        Ok(())
+    }
+
+    /// Adds a patch's update at `scale` (times the update's own).
+    ///
+    /// # Errors
+    /// An update of another shape.
+    pub fn push_update(&mut self, u: &'a Update, scale: f32) -> Result<(), RoundError> {
+        self.push(&u.lora_a, &u.lora_b, u.rank, u.scale * scale)
+    }
+
+    /// Rows of the tensor.
+    pub fn n_out(&self) -> usize {
+        self.n_out
+    }
+
+    /// Adds row `row` of ΔW to `values` [n_in].
+    pub fn add_row(&self, row: usize, values: &mut [f32]) {
+        for t in &self.terms {
+            let b = &t.lora_b[row * t.rank..(row + 1) * t.rank];
+            for (b, a) in b.iter().zip(t.lora_a.chunks_exact(self.n_in)) {
+                let w = t.scale * b;
+                if w != 0.0 {
+                    for (v, a) in values.iter_mut().zip(a) {
+                        *v += w * a;
+                    }
+                }
+            }
+        }
+    }
+}
