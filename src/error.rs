@@ -5,6 +5,8 @@ use crate::data::{DataError, Overlap};
 use crate::ggml::{DecodeError, LlamaError, OpError, QuantError};
 use crate::gguf::GgufError;
 use crate::graph::GraphError;
+use crate::merge::replace::ReplaceError;
+use crate::merge::undo::UndoError;
 use crate::patch::PatchError;
 use crate::project::ProjectError;
 use crate::subspace::SubspaceError;
@@ -38,6 +40,12 @@ pub enum Error {
     /// A subspace file that was refused.
     #[error(transparent)]
     SubspaceFile(#[from] SubspaceFileError),
+    /// An undo file that was refused.
+    #[error(transparent)]
+    Undo(#[from] UndoError),
+    /// Files that could not be put in place of others.
+    #[error(transparent)]
+    Replace(#[from] ReplaceError),
     /// A checkpoint that was refused.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -157,12 +165,16 @@ impl Error {
                 }
             }
             Self::Checkpoint(CheckpointError::Other { .. }) => 4,
+            Self::Replace(e) => e.exit_code(),
+            Self::Undo(UndoError::Io { .. }) => 6,
+            Self::Undo(e) if e.is_mismatch() => 4,
             Self::Config { .. } => 2,
             Self::Interrupted { .. } => 130,
             Self::NothingToTrain => 2,
             Self::SubspaceFile(SubspaceFileError::Base { .. }) => 4,
             Self::SubspaceFile(_) => 3,
             Self::Checkpoint(_)
+            | Self::Undo(_)
             | Self::Overlap(_)
             | Self::Gguf(_)
             | Self::Data(_)

@@ -7,6 +7,7 @@ mod eval;
 mod inspect;
 mod learn;
 mod merge;
+mod revert;
 mod run;
 mod subspace;
 mod train_ui;
@@ -35,6 +36,7 @@ enum Command {
     Run(run::Run),
     Eval(eval::Eval),
     Merge(merge::Merge),
+    Revert(revert::Revert),
     Inspect(inspect::Inspect),
     Check(check::Check),
     Demo(demo::Demo),
@@ -53,6 +55,7 @@ impl Cli {
             Command::Run(c) => c.run(),
             Command::Eval(c) => c.run(),
             Command::Merge(c) => c.run(),
+            Command::Revert(c) => c.run(),
             Command::Inspect(c) => c.run(),
             Command::Check(c) => c.run(),
             Command::Demo(c) => c.run(),

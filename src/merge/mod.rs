@@ -1,3 +1,7 @@
-//! Patches merged into the model's own weights.
+//! Patches merged into the model's own weights: what is written, where it goes, and the way back.
 
+pub mod deliver;
+pub mod record;
+pub mod replace;
 pub mod rewrite;
+pub mod undo;
