@@ -6,11 +6,13 @@ use crate::eval::tofu_log::LogError;
 use crate::ggml::{DecodeError, LlamaError, OpError, QuantError};
 use crate::gguf::GgufError;
 use crate::graph::GraphError;
+use crate::merge::error::RoundError;
 use crate::merge::gate::GateError;
 use crate::merge::imatrix::ImatrixError;
 use crate::merge::moments::MomentsError;
+use crate::merge::replace::ReplaceError;
 use crate::merge::sketch::SketchError;
-use crate::merge::error::RoundError;
+use crate::merge::undo::UndoError;
 use crate::patch::PatchError;
 use crate::project::ProjectError;
 use crate::score::tofu::PartialError;
@@ -45,6 +47,12 @@ pub enum Error {
     /// A subspace file that was refused.
     #[error(transparent)]
     SubspaceFile(#[from] SubspaceFileError),
+    /// An undo file that was refused.
+    #[error(transparent)]
+    Undo(#[from] UndoError),
+    /// Files that could not be put in place of others.
+    #[error(transparent)]
+    Replace(#[from] ReplaceError),
     /// A checkpoint that was refused.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -198,6 +206,9 @@ impl Error {
                 }
             }
             Self::Checkpoint(CheckpointError::Other { .. }) => 4,
+            Self::Replace(e) => e.exit_code(),
+            Self::Undo(UndoError::Io { .. }) => 6,
+            Self::Undo(e) if e.is_mismatch() => 4,
             Self::Config { .. } => 2,
             Self::Interrupted { .. } | Self::Stopped { .. } => 130,
             Self::Partial(PartialError::Other { .. }) => 4,
@@ -206,6 +217,7 @@ impl Error {
             Self::SubspaceFile(SubspaceFileError::Base { .. }) => 4,
             Self::SubspaceFile(_) => 3,
             Self::Checkpoint(_)
+            | Self::Undo(_)
             | Self::Overlap(_)
             | Self::Gguf(_)
             | Self::Data(_)

@@ -9,6 +9,7 @@ mod inspect;
 mod interrupt;
 mod learn;
 mod merge;
+mod revert;
 mod run;
 mod score;
 mod subspace;
@@ -39,6 +40,7 @@ enum Command {
     Eval(Box<eval::Eval>),
     Score(score::Score),
     Merge(merge::Merge),
+    Revert(revert::Revert),
     Inspect(inspect::Inspect),
     Check(check::Check),
     Demo(demo::Demo),
@@ -58,6 +60,7 @@ impl Cli {
             Command::Eval(c) => c.run(),
             Command::Score(c) => c.run(),
             Command::Merge(c) => c.run(),
+            Command::Revert(c) => c.run(),
             Command::Inspect(c) => c.run(),
             Command::Check(c) => c.run(),
             Command::Demo(c) => c.run(),

@@ -1,17 +1,21 @@
-//! Patches merged into the model's own weights.
+//! Patches merged into the model's own weights: what is written, where it goes, and the way back.
 
-pub mod gate;
-pub mod imatrix;
-mod inputs;
-pub mod moments;
+pub mod deliver;
 pub mod delta;
 mod descent;
 pub mod error;
 pub mod factor;
 pub mod feedback;
+pub mod gate;
 pub mod grid;
+pub mod imatrix;
+mod inputs;
 pub mod measure;
+pub mod moments;
+pub mod record;
+pub mod replace;
 pub mod rewrite;
 pub mod sketch;
 mod sketch_file;
 mod spill;
+pub mod undo;

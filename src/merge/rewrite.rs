@@ -5,25 +5,20 @@
 //! update survives in Q4_K), so `Keep` is for large updates; F16 keeps everything and grows the
 //! file.
 
-use crate::digest::{Digest, of_file, of_model};
+use super::record::record;
 use crate::error::Error;
 use crate::ggml::{can_encode, dequantize, quantize};
 use crate::gguf::{GgmlType, GgufWriter, Metadata};
 use crate::graph::weights::Weights;
-use crate::patch::{Patch, PatchError};
+use crate::patch::{Patch, Update};
 use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::HashMap;
-use std::path::Path;
 
 /// Rows updated and encoded at a time by one worker.
 const BLOCK_ROWS: usize = 64;
 /// Rows in memory at a time.
 const CHUNK_ROWS: usize = 4096;
-const KEY_NAMES: &str = "nepenthe.merged.name";
-const KEY_DIGESTS: &str = "nepenthe.merged.sha256";
-const KEY_SCALES: &str = "nepenthe.merged.scale";
-const KEY_BASE: &str = "nepenthe.merged.base";
 
 /// What adapted tensors are written as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -38,42 +33,51 @@ pub enum OutType {
     Keep,
 }
 
-/// What was written.
-#[derive(Debug, Clone, Serialize)]
-pub struct Rewritten {
+/// What will be written.
+#[derive(Debug)]
+pub struct Rewrite<'a> {
+    /// One file for each part.
+    pub files: Vec<GgufWriter<'a>>,
     /// Adapted tensors: name, type before, type after.
     pub tensors: Vec<(String, String, String)>,
     /// Tensors copied as bytes.
     pub n_copied: usize,
-    /// Size of the written file, bytes.
-    pub file_len: u64,
 }
 
-/// Merge `patches`, each at its scale, into `model` and write the result to `out`. A split
-/// model becomes one file.
+/// Plan to merge `patches`, each at its scale, into `model`. A split model stays split, part by
+/// part, unless `join`.
 ///
 /// # Errors
 /// Patches that do not fit, the same patch twice (now or merged before), a type that cannot be
-/// written, an existing `out` unless `force`, a failing disk.
-pub fn rewrite(
-    model: &Weights,
-    patches: &[(Patch, f32)],
+/// written.
+pub fn rewrite<'a>(
+    model: &'a Weights,
+    patches: &'a [(Patch, f32)],
     out_type: OutType,
-    out: &Path,
-    force: bool,
-) -> Result<Rewritten, Error> {
+    join: bool,
+) -> Result<Rewrite<'a>, Error> {
     for (patch, _) in patches {
         patch.check_shapes(model)?;
     }
     let set = model.set();
-    let mut meta = set.metadata().clone();
-    record(model, patches, &mut meta)?;
-    for key in ["split.no", "split.count", "split.tensors.count"] {
-        meta.remove(key);
+    let mut metas: Vec<Metadata> = set.parts().iter().map(|p| p.metadata().clone()).collect();
+    record(model, patches, &mut metas[0])?;
+    if join {
+        metas.truncate(1);
+        for key in ["split.no", "split.count", "split.tensors.count"] {
+            metas[0].remove(key);
+        }
     }
-    let mut updates: HashMap<&str, Vec<(&crate::patch::Update, f32)>> = HashMap::new();
+    // Errors name the model: where the files go is not decided here.
+    let mut files: Vec<GgufWriter<'a>> = metas
+        .into_iter()
+        .zip(set.parts())
+        .map(|(meta, part)| GgufWriter::new(part.path(), meta))
+        .collect();
+    let mut updates: HashMap<&str, Vec<(&Update, f32)>> = HashMap::new();
     for (patch, scale) in patches {
-        for u in &patch.updates {
+        // A tensor that does not change keeps its bytes: encoding again would not.
+        for u in patch.updates.iter().filter(|u| changes(u, *scale)) {
             updates
                 .entry(&u.tensor)
                 .or_default()
@@ -82,8 +86,10 @@ pub fn rewrite(
     }
     let mut tensors = Vec::new();
     let mut n_copied = 0;
-    let mut file = GgufWriter::new(out, meta);
-    for (part, info) in set.tensors() {
+    let parts = set.parts().iter().enumerate();
+    let all = parts.flat_map(|(no, part)| part.tensors().iter().map(move |t| (no, part, t)));
+    for (no, part, info) in all {
+        let file = &mut files[if join { 0 } else { no }];
         let Some(updates) = updates.get(info.name.as_str()) else {
             file.copy_tensor(part, &info.name)?;
             n_copied += 1;
@@ -136,16 +142,20 @@ pub fn rewrite(
             Ok(())
         })?;
     }
-    let file_len = file.save(force)?;
-    Ok(Rewritten {
+    Ok(Rewrite {
+        files,
         tensors,
         n_copied,
-        file_len,
     })
 }
 
+fn changes(u: &Update, scale: f32) -> bool {
+    let any = |v: &[f32]| v.iter().any(|x| *x != 0.0);
+    scale * u.scale != 0.0 && any(&u.lora_a) && any(&u.lora_b)
+}
+
 /// Adds `scale·(B·A)[row]` to `values [n_in]`.
-fn add_row(u: &crate::patch::Update, scale: f32, row: usize, values: &mut [f32]) {
+fn add_row(u: &Update, scale: f32, row: usize, values: &mut [f32]) {
     let b = &u.lora_b[row * u.rank..(row + 1) * u.rank];
     for (b, a) in b.iter().zip(u.lora_a.chunks_exact(u.n_in)) {
         let w = scale * b;
@@ -161,35 +171,4 @@ fn target_type(from: GgmlType, out: OutType, n_in: usize) -> GgmlType {
         OutType::Q8_0 if n_in.is_multiple_of(GgmlType::Q8_0.block_len() as usize) => GgmlType::Q8_0,
         _ => GgmlType::F16,
     }
-}
-
-/// Write down in `meta` what was merged; refuse a patch that is in the file already.
-///
-/// # Errors
-/// [`PatchError::Merged`].
-fn record(model: &Weights, patches: &[(Patch, f32)], meta: &mut Metadata) -> Result<(), Error> {
-    let mut names: Vec<String> = meta.get_opt(KEY_NAMES)?.unwrap_or_default();
-    let mut digests: Vec<String> = meta.get_opt(KEY_DIGESTS)?.unwrap_or_default();
-    let mut scales: Vec<f32> = meta.get_opt(KEY_SCALES)?.unwrap_or_default();
-    for (patch, scale) in patches {
-        let digest: Digest = of_file(&patch.path)?;
-        if digests.contains(&digest.to_string()) {
-            return Err(PatchError::Merged {
-                path: patch.path.clone(),
-                model: model.set().parts()[0].path().to_owned(),
-            }
-            .into());
-        }
-        let name = patch.path.file_name().unwrap_or_default();
-        names.push(name.to_string_lossy().into_owned());
-        digests.push(digest.to_string());
-        scales.push(*scale);
-    }
-    if meta.value(KEY_BASE).is_none() {
-        meta.set(KEY_BASE, of_model(model.set())?.to_string());
-    }
-    meta.set(KEY_NAMES, names);
-    meta.set(KEY_DIGESTS, digests);
-    meta.set(KEY_SCALES, scales);
-    Ok(())
 }
