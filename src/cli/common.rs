@@ -33,9 +33,7 @@ pub struct ModelArgs {
 impl ModelArgs {
     /// Number of threads to use.
     pub fn n_threads(&self) -> usize {
-        self.threads
-            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
-            .max(1)
+        threads(self.threads)
     }
 
     /// Open the model.
@@ -46,6 +44,13 @@ impl ModelArgs {
         crate::ggml::set_verbose(self.verbose);
         OpenModel::open(&self.model, self.n_gpu_layers.0)
     }
+}
+
+/// As many threads as asked for, else as there are cores.
+pub fn threads(asked: Option<usize>) -> usize {
+    asked
+        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+        .max(1)
 }
 
 /// `-ngl`: a number, `auto` or `all`.

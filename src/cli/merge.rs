@@ -1,12 +1,13 @@
 //! `nepenthe merge`.
 
-use super::common::{AdapterArgs, Output};
+use super::common::{AdapterArgs, GpuLayers, Output, threads};
+use super::merge_args::{FitArgs, GateArgs, TextArgs};
+use super::merge_report::{MergeUi, print};
 use crate::error::Error;
-use crate::graph::weights::Weights;
-use crate::merge::deliver::{To, Ways, deliver};
+use crate::merge::deliver::{To, Ways};
 use crate::merge::replace;
-use crate::merge::rewrite::{OutType, rewrite};
-use crate::patch::Patch;
+use crate::merge::rewrite::OutType;
+use crate::merge::run::{How, Job, merge};
 use clap::Args;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -28,9 +29,22 @@ pub struct Merge {
     /// Write a file that takes the merge back byte for byte (see revert)
     #[arg(long, value_name = "FILE")]
     undo: Option<PathBuf>,
-    /// What adapted tensors are written as
-    #[arg(long, value_enum, default_value_t = OutType::F16)]
-    out_type: OutType,
+    /// Write adapted tensors in this type, or encode them again in their own, instead of merging
+    /// on the grids that are there
+    #[arg(long, value_enum, conflicts_with = "FitArgs")]
+    out_type: Option<OutType>,
+    #[command(flatten)]
+    fit: FitArgs,
+    #[command(flatten)]
+    texts: TextArgs,
+    #[command(flatten)]
+    gate: GateArgs,
+    /// Threads (default: all cores)
+    #[arg(short, long, value_name = "N")]
+    threads: Option<usize>,
+    /// Layers to offload to a GPU: a number, auto or all
+    #[arg(long = "n-gpu-layers", value_name = "N|auto|all", default_value = "0")]
+    n_gpu_layers: GpuLayers,
     /// Write a split model as one file
     #[arg(long)]
     join: bool,
@@ -78,7 +92,6 @@ impl Merge {
                 });
             }
         };
-        let model = Weights::open(&self.model)?;
         let specs = self.adapters.specs()?;
         if specs.is_empty() {
             return Err(Error::Setting {
@@ -87,52 +100,40 @@ impl Merge {
                 found: "none".into(),
             });
         }
-        let mut patches = Vec::new();
-        for (path, scale) in specs {
-            let patch = Patch::open(path)?;
-            patch.check_shapes(&model)?;
-            patch.check_base(&model)?;
-            patches.push((patch, scale));
-        }
-        let plan = rewrite(&model, &patches, self.out_type, self.join)?;
-        let ways = Ways {
-            to,
-            undo: self.undo.as_deref(),
-            force: self.force,
+        let job = Job {
+            model: &self.model,
+            specs,
+            texts: self.texts.load()?,
+            template: self.texts.template()?,
+            sketch: self.texts.sketch.as_deref(),
+            imatrix: self.texts.imatrix.as_deref(),
+            how: match self.out_type {
+                Some(out_type) => How::Rewrite(out_type),
+                None => How::SameGrid(self.fit.options()),
+            },
+            max_growth: self.fit.max_growth,
+            gate: self.gate.config(),
+            keep_failed: self.gate.keep_failed,
+            ways: Ways {
+                to,
+                undo: self.undo.as_deref(),
+                force: self.force,
+            },
+            join: self.join,
+            max_tokens: self.texts.max_tokens,
+            n_threads: threads(self.threads),
+            n_gpu_layers: self.n_gpu_layers.0,
         };
-        let done = deliver(model.set(), plan.files, ways, |_| Ok(()))?;
-        let hint = modelfile(&done.files);
+        let mut ui = MergeUi::new(self.output.quiet || self.output.json);
+        let report = merge(job, &mut ui)?;
+        drop(ui);
+        let hint = modelfile(&report.delivered.files);
         if self.output.json {
-            super::emit(&json!({
-                "tensors": plan.tensors,
-                "n_copied": plan.n_copied,
-                "file_len": done.file_len,
-                "files": done.files,
-                "prev": done.prev,
-                "undo": done.undo,
-                "modelfile": hint,
-            }));
+            let mut json = serde_json::to_value(&report).expect("plain values");
+            json["modelfile"] = json!(hint);
+            super::emit(&json);
         } else if !self.output.quiet {
-            println!(
-                "{}: {} tensors updated ({}), {} copied as bytes, {} bytes",
-                done.files[0].display(),
-                plan.tensors.len(),
-                types(&plan.tensors),
-                plan.n_copied,
-                done.file_len
-            );
-            for prev in &done.prev {
-                println!("{}: the file before, until merge --confirm", prev.display());
-            }
-            if let (Some(size), Some(path)) = (&done.undo, &self.undo) {
-                println!(
-                    "{}: takes it back, {} bytes ({} changed, {} spelled out)",
-                    path.display(),
-                    size.file_len,
-                    size.changed,
-                    size.spelled
-                );
-            }
+            print(&report, self.undo.as_deref());
         }
         if !self.output.quiet {
             match hint {
@@ -182,18 +183,4 @@ fn modelfile(files: &[PathBuf]) -> Option<String> {
     let [file] = files else { return None };
     let full = std::path::absolute(file).unwrap_or_else(|_| file.clone());
     Some(format!("FROM {}\n", full.display()))
-}
-
-/// `Q4_K to F16: 12, ...`
-fn types(tensors: &[(String, String, String)]) -> String {
-    let mut counts: Vec<(String, usize)> = Vec::new();
-    for (_, from, to) in tensors {
-        let key = format!("{from} to {to}");
-        match counts.iter_mut().find(|(k, _)| *k == key) {
-            Some((_, n)) => *n += 1,
-            None => counts.push((key, 1)),
-        }
-    }
-    let parts: Vec<String> = counts.iter().map(|(k, n)| format!("{k}: {n}")).collect();
-    parts.join(", ")
 }

@@ -9,6 +9,8 @@ mod inspect;
 mod interrupt;
 mod learn;
 mod merge;
+mod merge_args;
+mod merge_report;
 mod revert;
 mod run;
 mod score;

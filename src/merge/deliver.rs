@@ -33,8 +33,22 @@ pub struct Ways<'a> {
     pub force: bool,
 }
 
+impl Ways<'_> {
+    /// The directory the merged `model` goes to, where there is room for it.
+    pub fn dir(&self, model: &Path) -> PathBuf {
+        let target = match self.to {
+            To::File(out) => out,
+            To::InPlace => model,
+        };
+        match target.parent() {
+            Some(dir) if !dir.as_os_str().is_empty() => dir.to_owned(),
+            _ => PathBuf::from("."),
+        }
+    }
+}
+
 /// What stands where.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct Delivered {
     /// The merged parts.
     pub files: Vec<PathBuf>,

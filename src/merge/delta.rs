@@ -75,6 +75,20 @@ impl<'a> Delta<'a> {
         self.n_out
     }
 
+    /// All terms as one pair: `lora_a` [n_in, rank], `lora_b` [rank, n_out] with the scales in it,
+    /// and the rank.
+    pub fn factors(&self) -> (Vec<f32>, Vec<f32>, usize) {
+        let rank = self.terms.iter().map(|t| t.rank).sum();
+        let lora_a = self.terms.iter().flat_map(|t| t.lora_a).copied().collect();
+        let row = |o: usize| {
+            self.terms.iter().flat_map(move |t| {
+                let row = &t.lora_b[o * t.rank..(o + 1) * t.rank];
+                row.iter().map(|b| b * t.scale)
+            })
+        };
+        (lora_a, (0..self.n_out).flat_map(row).collect(), rank)
+    }
+
     /// Adds row `row` of ΔW to `values` [n_in].
     pub fn add_row(&self, row: usize, values: &mut [f32]) {
         for t in &self.terms {

@@ -1,5 +1,7 @@
 //! Patches merged into the model's own weights: what is written, where it goes, and the way back.
 
+pub mod calibration;
+pub mod decide;
 pub mod deliver;
 pub mod delta;
 mod descent;
@@ -12,9 +14,13 @@ pub mod imatrix;
 mod inputs;
 pub mod measure;
 pub mod moments;
+pub mod promote;
 pub mod record;
 pub mod replace;
 pub mod rewrite;
+pub mod run;
+pub mod same_grid;
+mod scratch;
 pub mod sketch;
 mod sketch_file;
 mod spill;

@@ -60,20 +60,7 @@ pub fn rewrite<'a>(
         patch.check_shapes(model)?;
     }
     let set = model.set();
-    let mut metas: Vec<Metadata> = set.parts().iter().map(|p| p.metadata().clone()).collect();
-    record(model, patches, &mut metas[0])?;
-    if join {
-        metas.truncate(1);
-        for key in ["split.no", "split.count", "split.tensors.count"] {
-            metas[0].remove(key);
-        }
-    }
-    // Errors name the model: where the files go is not decided here.
-    let mut files: Vec<GgufWriter<'a>> = metas
-        .into_iter()
-        .zip(set.parts())
-        .map(|(meta, part)| GgufWriter::new(part.path(), meta))
-        .collect();
+    let mut files = empty_files(model, patches, join)?;
     let mut updates: HashMap<&str, Vec<(&Update, f32)>> = HashMap::new();
     for (patch, scale) in patches {
         // A tensor that does not change keeps its bytes: encoding again would not.
@@ -149,7 +136,35 @@ pub fn rewrite<'a>(
     })
 }
 
-fn changes(u: &Update, scale: f32) -> bool {
+/// A file for each part of `model` (one in all with `join`) that says which patches it holds,
+/// still without tensors.
+///
+/// # Errors
+/// The same patch twice, now or merged before.
+pub(super) fn empty_files<'a>(
+    model: &'a Weights,
+    patches: &[(Patch, f32)],
+    join: bool,
+) -> Result<Vec<GgufWriter<'a>>, Error> {
+    let parts = model.set().parts();
+    let mut metas: Vec<Metadata> = parts.iter().map(|p| p.metadata().clone()).collect();
+    record(model, patches, &mut metas[0])?;
+    if join {
+        metas.truncate(1);
+        for key in ["split.no", "split.count", "split.tensors.count"] {
+            metas[0].remove(key);
+        }
+    }
+    // Errors name the model: where the files go is not decided here.
+    Ok(metas
+        .into_iter()
+        .zip(parts)
+        .map(|(meta, part)| GgufWriter::new(part.path(), meta))
+        .collect())
+}
+
+/// Whether an update is more than zeros.
+pub(super) fn changes(u: &Update, scale: f32) -> bool {
     let any = |v: &[f32]| v.iter().any(|x| *x != 0.0);
     scale * u.scale != 0.0 && any(&u.lora_a) && any(&u.lora_b)
 }

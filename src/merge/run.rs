@@ -1,0 +1,384 @@
+//! The same-grid merge from files to a file: calibrate → fit → write → accept → put in place.
+
+use super::calibration::Calibration;
+use super::deliver::{Delivered, Ways, deliver};
+use super::gate::{GateConfig, GateError, Verdict, gate};
+use super::imatrix::Imatrix;
+use super::moments::{MomentsConfig, Sources, capture};
+use super::rewrite::{OutType, rewrite};
+use super::same_grid::{Fitted, Options, Outcome, Rounding, fit};
+use super::sketch::{SketchFile, companion};
+use crate::adapter::{Loaded, open_adapters};
+use crate::data::{Record, Sample, Template, general_records};
+use crate::digest::of_file;
+use crate::error::Error;
+use crate::ggml::Adapter;
+use crate::gguf::GgufWriter;
+use crate::graph::weights::Weights;
+use crate::model::OpenModel;
+use crate::patch::{Info, Patch, Update, base_of};
+use crate::unlearn::samples;
+use serde::Serialize;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Texts a merge is calibrated and judged on; any may be empty.
+#[derive(Debug, Clone, Default)]
+pub struct Texts {
+    /// What the patch forgets.
+    pub forget: Vec<Record>,
+    /// What it keeps.
+    pub retain: Vec<Record>,
+    /// Anything else the model should go on doing; empty: the built-in general text.
+    pub general: Vec<Record>,
+}
+
+/// What is written.
+#[derive(Debug, Clone)]
+pub enum How {
+    /// Codes on the grids that are there.
+    SameGrid(Options),
+    /// Adapted tensors in another type, or encoded again in their own.
+    Rewrite(OutType),
+}
+
+/// A whole merge.
+#[derive(Debug)]
+pub struct Job<'a> {
+    /// The model, any part of a split one.
+    pub model: &'a Path,
+    /// Patches and adapters with their scales.
+    pub specs: Vec<(&'a Path, f32)>,
+    /// Texts at hand.
+    pub texts: Texts,
+    /// Chat template of the texts; none: the model's own.
+    pub template: Option<Template>,
+    /// A sketch of the moments; none: the one beside the patch, if it is there and no texts are.
+    pub sketch: Option<&'a Path>,
+    /// An importance matrix of llama.cpp's.
+    pub imatrix: Option<&'a Path>,
+    /// What is written.
+    pub how: How,
+    /// Most bytes the file may grow by, percent of its size.
+    pub max_growth: Option<f64>,
+    /// What the merged file must do; none: it is not tried.
+    pub gate: Option<GateConfig>,
+    /// Put the file in place although it fails.
+    pub keep_failed: bool,
+    /// Where it goes.
+    pub ways: Ways<'a>,
+    /// Write a split model as one file.
+    pub join: bool,
+    /// Samples are cut to this many tokens.
+    pub max_tokens: usize,
+    /// ggml threads.
+    pub n_threads: usize,
+    /// Layers on the GPU.
+    pub n_gpu_layers: i32,
+}
+
+/// What was done.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Where the second moments came from; none for a rewrite.
+    pub calibration: Option<&'static str>,
+    /// Whether errors are of tokens that the merge was not fitted to.
+    pub held_out: bool,
+    /// Tensor by tensor, of a same-grid merge.
+    pub tensors: Vec<Outcome>,
+    /// Tensors and their types before and after, of a rewrite.
+    pub rewritten: Vec<(String, String, String)>,
+    /// Size of the model before, bytes.
+    pub file_len_before: u64,
+    /// What model and patch do, and the file.
+    pub verdict: Option<Verdict>,
+    /// Side adapter that belongs to the file.
+    pub residue: Option<PathBuf>,
+    /// Where everything is.
+    #[serde(flatten)]
+    pub delivered: Delivered,
+}
+
+/// Shows a merge to the user.
+pub trait Ui {
+    /// A sentence worth reading.
+    fn notice(&mut self, text: &str);
+    /// A stage and how far it is.
+    fn progress(&mut self, stage: &str, done: usize, total: usize);
+}
+
+/// Tokenised texts.
+#[derive(Debug, Default)]
+struct Tokens {
+    forget: Vec<Sample>,
+    retain: Vec<Sample>,
+    general: Vec<Sample>,
+}
+
+impl Tokens {
+    fn new(job: &Job<'_>, open: &OpenModel, ui: &mut dyn Ui) -> Result<Self, Error> {
+        let template = match &job.template {
+            Some(t) => t.clone(),
+            None => open.template()?,
+        };
+        let mut notices = Vec::new();
+        let mut tokenise = |records: &[Record], set: &str| -> Result<Vec<Sample>, Error> {
+            if records.is_empty() {
+                return Ok(Vec::new());
+            }
+            samples(open, &template, records, job.max_tokens, set, &mut notices)
+        };
+        let general = match job.texts.general.as_slice() {
+            [] => general_records(),
+            given => given.to_vec(),
+        };
+        let tokens = Self {
+            forget: tokenise(&job.texts.forget, "forget")?,
+            retain: tokenise(&job.texts.retain, "retain")?,
+            general: tokenise(&general, "general")?,
+        };
+        for notice in &notices {
+            ui.notice(notice);
+        }
+        Ok(tokens)
+    }
+
+    fn sources(&self) -> Sources<'_> {
+        Sources {
+            forget: &self.forget,
+            retain: &self.retain,
+            general: &self.general,
+        }
+    }
+}
+
+/// Merge.
+///
+/// # Errors
+/// Patches that do not fit, a merged file that fails the gate ([`GateError::Failed`]; nothing is
+/// then at the output unless `keep_failed`), bad files, failures of engine and disk.
+pub fn merge(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
+    let patches = open_patches(&job)?;
+    let weights = Weights::open(job.model)?;
+    let parts = weights.set().parts().iter();
+    let file_len_before = parts.map(crate::gguf::Gguf::file_len).sum();
+    let mut report = Report {
+        calibration: None,
+        held_out: false,
+        tensors: Vec::new(),
+        rewritten: Vec::new(),
+        file_len_before,
+        verdict: None,
+        residue: None,
+        delivered: Delivered::default(),
+    };
+    match &job.how {
+        How::Rewrite(out_type) => {
+            let plan = rewrite(&weights, &patches, *out_type, job.join)?;
+            report.rewritten = plan.tensors;
+            put(&job, &weights, plan.files, &[], &mut report, ui)?;
+        }
+        How::SameGrid(options) => {
+            let mut options = options.clone();
+            if let Some(percent) = job.max_growth {
+                options.limits = options.limits.with_growth(percent, file_len_before);
+            }
+            let fitted = fit_all(&job, &weights, &patches, &options, &mut report, ui)?;
+            let files = fitted.files(&weights, &patches, job.join)?;
+            put(&job, &weights, files, &fitted.residues, &mut report, ui)?;
+            report.tensors = fitted.outcomes;
+        }
+    }
+    match &report.verdict {
+        Some(v) if !v.passed() => Err(GateError::Failed {
+            failures: v.failures.clone(),
+        }
+        .into()),
+        _ => Ok(report),
+    }
+}
+
+/// Every tensor fitted; what the user should know of it is said.
+fn fit_all(
+    job: &Job<'_>,
+    weights: &Weights,
+    patches: &[(Patch, f32)],
+    options: &Options,
+    report: &mut Report,
+    ui: &mut dyn Ui,
+) -> Result<Fitted, Error> {
+    let scratch = job.ways.dir(job.model);
+    let calibration = calibrate(job, patches, &scratch, ui)?;
+    report.calibration = Some(calibration.name());
+    report.held_out = calibration.holds_out();
+    if !calibration.knows_forget() && options.rounding == Rounding::Feedback {
+        ui.notice(&format!(
+            "calibrated by {} alone: what the patch changes most is not in there, and more of it may be lost; --forget and --retain, or the sketch that belongs to the patch, say what it is",
+            calibration.name()
+        ));
+    }
+    let fitted = fit(
+        weights,
+        patches,
+        &calibration,
+        options,
+        &scratch,
+        &mut |done, total| ui.progress("fitting", done, total),
+    )?;
+    let left_out = fitted.outcomes.iter().filter(|o| o.action.is_none());
+    let left_out: Vec<&Outcome> = left_out.collect();
+    if let Some(first) = left_out.first() {
+        ui.notice(&format!(
+            "{} of {} tensors stay as they are: {} is {}, a type without a grid to merge on; --promote writes such tensors in a larger one",
+            left_out.len(),
+            fitted.outcomes.len(),
+            first.tensor,
+            first.from
+        ));
+    }
+    Ok(fitted)
+}
+
+/// Write the files, try them out, put them in place, with their residues beside them.
+fn put(
+    job: &Job<'_>,
+    weights: &Weights,
+    files: Vec<GgufWriter<'_>>,
+    residues: &[Update],
+    report: &mut Report,
+    ui: &mut dyn Ui,
+) -> Result<(), Error> {
+    let verdict = &mut report.verdict;
+    report.delivered = deliver(weights.set(), files, job.ways, |staged| {
+        let Some(config) = &job.gate else {
+            return Ok(());
+        };
+        let found = try_out(job, config, residues, staged, ui)?;
+        if !job.keep_failed {
+            found.clone().accepted()?;
+        }
+        *verdict = Some(found);
+        Ok(())
+    })?;
+    if !residues.is_empty() {
+        let merged = &report.delivered.files[0];
+        let path = merged.with_extension("residue.gguf");
+        residue_of(residues, merged)?.save(&path, job.ways.force)?;
+        report.residue = Some(path);
+    }
+    Ok(())
+}
+
+fn open_patches(job: &Job<'_>) -> Result<Vec<(Patch, f32)>, Error> {
+    let weights = Weights::open(job.model)?;
+    job.specs
+        .iter()
+        .map(|&(path, scale)| {
+            let patch = Patch::open(path)?;
+            patch.check_shapes(&weights)?;
+            patch.check_base(&weights)?;
+            Ok((patch, scale))
+        })
+        .collect()
+}
+
+/// Second moments from the best source at hand. The model is open only while its inputs are
+/// captured.
+fn calibrate(
+    job: &Job<'_>,
+    patches: &[(Patch, f32)],
+    scratch: &Path,
+    ui: &mut dyn Ui,
+) -> Result<Calibration, Error> {
+    if let Some(path) = job.imatrix {
+        return Ok(Calibration::Imatrix(Imatrix::open(path)?));
+    }
+    let texts = !(job.texts.forget.is_empty()
+        && job.texts.retain.is_empty()
+        && job.texts.general.is_empty());
+    let beside = match job.specs.as_slice() {
+        [(path, _)] if !texts => Some(companion(path)).filter(|p| p.is_file()),
+        _ => None,
+    };
+    if let Some(path) = job.sketch.or(beside.as_deref()) {
+        let sketch = SketchFile::open(path)?;
+        let digests: Result<Vec<_>, Error> =
+            patches.iter().map(|(p, _)| of_file(&p.path)).collect();
+        sketch.check_patches(&digests?)?;
+        ui.notice(&format!("calibrating by {}", path.display()));
+        return Ok(Calibration::Sketch(sketch));
+    }
+    let open = OpenModel::open(job.model, job.n_gpu_layers)?;
+    let tokens = Tokens::new(job, &open, ui)?;
+    let adapters = open_adapters(&open, job.specs.iter().copied())?;
+    let tensors: BTreeSet<String> = patches
+        .iter()
+        .flat_map(|(p, _)| p.updates.iter().map(|u| u.tensor.clone()))
+        .collect();
+    let tensors: Vec<String> = tensors.into_iter().collect();
+    let config = MomentsConfig {
+        spill_dir: scratch.to_owned(),
+        ..MomentsConfig::default()
+    };
+    Ok(Calibration::Texts(capture(
+        &open,
+        &adapters,
+        &tensors,
+        &tokens.sources(),
+        &config,
+        job.n_threads,
+        &mut |done, total| ui.progress("capturing inputs", done, total),
+    )?))
+}
+
+/// The staged file against model and patches.
+fn try_out(
+    job: &Job<'_>,
+    config: &GateConfig,
+    residues: &[Update],
+    staged: &Path,
+    ui: &mut dyn Ui,
+) -> Result<Verdict, Error> {
+    let open = OpenModel::open(job.model, job.n_gpu_layers)?;
+    let adapters = open_adapters(&open, job.specs.iter().copied())?;
+    let tokens = Tokens::new(job, &open, &mut Silent)?;
+    let merged = OpenModel::open(staged, job.n_gpu_layers)?;
+    let residues = load_residue(residues, staged, &merged)?;
+    gate(
+        (&open.model, &adapters),
+        (&merged.model, &residues),
+        &tokens.sources(),
+        config,
+        job.n_threads,
+        &mut |done, total| ui.progress("comparing", done, total),
+    )
+}
+
+/// What was said once while calibrating need not be said again.
+struct Silent;
+
+impl Ui for Silent {
+    fn notice(&mut self, _: &str) {}
+    fn progress(&mut self, _: &str, _: usize, _: usize) {}
+}
+
+fn residue_of(residues: &[Update], merged: &Path) -> Result<Patch, Error> {
+    let weights = Weights::open(merged)?;
+    let info = Info::new(base_of(&weights)?, "residue", serde_json::Value::Null, 0);
+    Ok(Patch::new(weights.arch()?, info, residues.to_vec()))
+}
+
+fn load_residue(residues: &[Update], staged: &Path, merged: &OpenModel) -> Result<Loaded, Error> {
+    if residues.is_empty() {
+        return Ok(Vec::new());
+    }
+    let dir = tempfile::tempdir().map_err(|source| Error::Io {
+        path: std::env::temp_dir(),
+        doing: "making a temporary directory",
+        source,
+    })?;
+    let path = dir.path().join("residue.gguf");
+    residue_of(residues, staged)?.save(&path, false)?;
+    Ok(vec![(Arc::new(Adapter::load(&merged.model, &path)?), 1.0)])
+}
