@@ -13,6 +13,9 @@ use crate::data::{
 use crate::digest::{Digest, of_model};
 use crate::error::Error;
 use crate::graph::template::Adaptable;
+use crate::merge::leave::leave_sketch;
+use crate::merge::moments::Sources;
+use crate::merge::sketch::companion;
 use crate::model::OpenModel;
 use crate::patch::{Info, Patch, TensorInfo, Update, base_of, digest_of};
 use crate::project::NetUpdate;
@@ -57,6 +60,15 @@ pub struct Sets {
 }
 
 impl Sets {
+    fn moment_sources<'a>(&'a self, general: &'a [Sample]) -> Sources<'a> {
+        Sources {
+            forget: &self.forget,
+            // The general text would otherwise be counted twice.
+            retain: if self.general { &[] } else { &self.retain },
+            general,
+        }
+    }
+
     /// Tokenise both sets. Without `retain_records` the built-in general text is used.
     ///
     /// # Errors
@@ -162,6 +174,16 @@ impl Sets {
             retain: &self.retain,
         }
     }
+}
+
+/// The built-in general text as samples.
+fn general_samples(
+    open: &OpenModel,
+    template: &Template,
+    config: &UnlearnConfig,
+) -> Result<Vec<Sample>, Error> {
+    let (records, most) = (general_records(), config.train.max_tokens);
+    samples(open, template, &records, most, "general", &mut Vec::new())
 }
 
 /// Tokenise `records`, with a notice for whatever was cut or left out.
@@ -461,6 +483,8 @@ pub struct Job<'a> {
     pub out: PathBuf,
     /// Replace it if it exists.
     pub force: bool,
+    /// Leave beside the patch what a device without the texts needs to merge it.
+    pub sketch: bool,
     /// Where an interrupted run is put.
     pub checkpoint: PathBuf,
     /// Go on from there instead of starting.
@@ -497,6 +521,15 @@ pub struct Both {
     pub retain: Measured,
 }
 
+/// The sketch beside a patch.
+#[derive(Debug, Clone, Serialize)]
+pub struct SketchLeft {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its size, bytes.
+    pub bytes: u64,
+}
+
 /// What a run did.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
@@ -518,6 +551,8 @@ pub struct Report {
     pub n_tensors: usize,
     /// Size of the patch, bytes.
     pub patch_bytes: u64,
+    /// What a merge without texts needs, if it was left beside the patch.
+    pub sketch: Option<SketchLeft>,
     /// Seconds from start to finish.
     pub seconds: f64,
 }
@@ -539,8 +574,12 @@ pub fn unlearn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
     let config = &job.config;
     config.train.validate()?;
     config.stop.validate()?;
-    if !job.force && job.out.exists() {
-        return Err(AtomicError::Exists { path: job.out }.into());
+    let beside = job.sketch.then(|| companion(&job.out));
+    for path in [Some(&job.out), beside.as_ref()].into_iter().flatten() {
+        if !job.force && path.exists() {
+            let path = path.clone();
+            return Err(AtomicError::Exists { path }.into());
+        }
     }
     let open = job.open;
     let sets = Sets::new(
@@ -710,6 +749,19 @@ pub fn unlearn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
         info.metrics = serde_json::json!({ "before": before, "after": after });
     }
     let patch_bytes = patch.save(&job.out, job.force)?;
+    let sketch = if job.sketch {
+        let (path, bytes) = leave_sketch(
+            open,
+            &job.out,
+            &sets.moment_sources(&general_samples(open, &job.template, config)?),
+            job.n_threads,
+            job.force,
+            &mut |done, total| ui.progress("sketching moments", done, total),
+        )?;
+        Some(SketchLeft { path, bytes })
+    } else {
+        None
+    };
     let mean = |f: fn(&NetReport) -> f64| nets.iter().map(f).sum::<f64>() / nets.len() as f64;
     Ok(Report {
         ended,
@@ -721,6 +773,7 @@ pub fn unlearn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
         retain_fraction: nets.iter().map(|n| n.retain_fraction).fold(0.0, f64::max),
         n_tensors: nets.len(),
         patch_bytes,
+        sketch,
         seconds: began.elapsed().as_secs_f64(),
     })
 }

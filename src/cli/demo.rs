@@ -90,6 +90,7 @@ impl Demo {
                 n_threads: args.n_threads(),
                 out: patch.clone(),
                 force: true,
+                sketch: false,
                 checkpoint: folder.join("demo.checkpoint"),
                 resume: false,
             },

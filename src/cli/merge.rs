@@ -6,7 +6,7 @@ use super::merge_report::{MergeUi, print};
 use crate::error::Error;
 use crate::merge::deliver::{To, Ways};
 use crate::merge::replace;
-use crate::merge::rewrite::OutType;
+use crate::merge::rewrite::{Form, OutType};
 use crate::merge::run::{How, Job, merge};
 use clap::Args;
 use serde_json::json;
@@ -48,6 +48,10 @@ pub struct Merge {
     /// Write a split model as one file
     #[arg(long)]
     join: bool,
+    /// Leave the metadata as it is: the file keeps its exact size and differs in code bits alone,
+    /// but does not say which patches it holds
+    #[arg(long)]
+    no_record: bool,
     /// Replace the output and the undo file if they exist
     #[arg(long)]
     force: bool,
@@ -119,7 +123,10 @@ impl Merge {
                 undo: self.undo.as_deref(),
                 force: self.force,
             },
-            join: self.join,
+            form: Form {
+                join: self.join,
+                record: !self.no_record,
+            },
             max_tokens: self.texts.max_tokens,
             n_threads: threads(self.threads),
             n_gpu_layers: self.n_gpu_layers.0,

@@ -50,6 +50,9 @@ pub struct Unlearn {
     /// Replace the patch if it exists
     #[arg(long)]
     force: bool,
+    /// Do not leave beside the patch the sketch that a device without the texts needs to merge it
+    #[arg(long)]
+    no_sketch: bool,
     /// Estimate memory, time and disk, and stop
     #[arg(long)]
     dry_run: bool,
@@ -304,6 +307,7 @@ impl Unlearn {
                 n_threads,
                 out: self.out.clone(),
                 force: self.force,
+                sketch: !self.no_sketch,
                 checkpoint: checkpoint.clone(),
                 resume: self.resume.is_some(),
             },
@@ -405,4 +409,11 @@ pub(super) fn table(r: &Report, out: &Path) {
         100.0 * r.relative_norm,
         r.retain_fraction,
     );
+    if let Some(s) = &r.sketch {
+        println!(
+            "{}: {:.1} MiB, lets a device without the texts merge the patch",
+            s.path.display(),
+            s.bytes as f64 / f64::from(1 << 20)
+        );
+    }
 }

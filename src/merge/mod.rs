@@ -12,6 +12,7 @@ pub mod gate;
 pub mod grid;
 pub mod imatrix;
 mod inputs;
+pub mod leave;
 pub mod measure;
 pub mod moments;
 pub mod promote;

@@ -33,6 +33,16 @@ pub enum OutType {
     Keep,
 }
 
+/// What the files look like, tensors aside.
+#[derive(Debug, Clone, Copy)]
+pub struct Form {
+    /// Write a split model as one file.
+    pub join: bool,
+    /// Say in the metadata which patches the file holds. Without it the header keeps its length,
+    /// and the file its size and offsets.
+    pub record: bool,
+}
+
 /// What will be written.
 #[derive(Debug)]
 pub struct Rewrite<'a> {
@@ -45,7 +55,7 @@ pub struct Rewrite<'a> {
 }
 
 /// Plan to merge `patches`, each at its scale, into `model`. A split model stays split, part by
-/// part, unless `join`.
+/// part, unless joined.
 ///
 /// # Errors
 /// Patches that do not fit, the same patch twice (now or merged before), a type that cannot be
@@ -54,13 +64,13 @@ pub fn rewrite<'a>(
     model: &'a Weights,
     patches: &'a [(Patch, f32)],
     out_type: OutType,
-    join: bool,
+    form: Form,
 ) -> Result<Rewrite<'a>, Error> {
     for (patch, _) in patches {
         patch.check_shapes(model)?;
     }
     let set = model.set();
-    let mut files = empty_files(model, patches, join)?;
+    let mut files = empty_files(model, patches, form)?;
     let mut updates: HashMap<&str, Vec<(&Update, f32)>> = HashMap::new();
     for (patch, scale) in patches {
         // A tensor that does not change keeps its bytes: encoding again would not.
@@ -76,7 +86,7 @@ pub fn rewrite<'a>(
     let parts = set.parts().iter().enumerate();
     let all = parts.flat_map(|(no, part)| part.tensors().iter().map(move |t| (no, part, t)));
     for (no, part, info) in all {
-        let file = &mut files[if join { 0 } else { no }];
+        let file = &mut files[if form.join { 0 } else { no }];
         let Some(updates) = updates.get(info.name.as_str()) else {
             file.copy_tensor(part, &info.name)?;
             n_copied += 1;
@@ -136,20 +146,23 @@ pub fn rewrite<'a>(
     })
 }
 
-/// A file for each part of `model` (one in all with `join`) that says which patches it holds,
-/// still without tensors.
+/// A file for each part of `model` (one in all, if joined), still without tensors.
 ///
 /// # Errors
 /// The same patch twice, now or merged before.
 pub(super) fn empty_files<'a>(
     model: &'a Weights,
     patches: &[(Patch, f32)],
-    join: bool,
+    form: Form,
 ) -> Result<Vec<GgufWriter<'a>>, Error> {
     let parts = model.set().parts();
     let mut metas: Vec<Metadata> = parts.iter().map(|p| p.metadata().clone()).collect();
-    record(model, patches, &mut metas[0])?;
-    if join {
+    let mut recorded = metas[0].clone();
+    record(model, patches, &mut recorded)?;
+    if form.record {
+        metas[0] = recorded;
+    }
+    if form.join {
         metas.truncate(1);
         for key in ["split.no", "split.count", "split.tensors.count"] {
             metas[0].remove(key);

@@ -5,7 +5,7 @@ use super::deliver::{Delivered, Ways, deliver};
 use super::gate::{GateConfig, GateError, Verdict, gate};
 use super::imatrix::Imatrix;
 use super::moments::{MomentsConfig, Sources, capture};
-use super::rewrite::{OutType, rewrite};
+use super::rewrite::{Form, OutType, rewrite};
 use super::same_grid::{Fitted, Options, Outcome, Rounding, fit};
 use super::sketch::{SketchFile, companion};
 use crate::adapter::{Loaded, open_adapters};
@@ -68,8 +68,8 @@ pub struct Job<'a> {
     pub keep_failed: bool,
     /// Where it goes.
     pub ways: Ways<'a>,
-    /// Write a split model as one file.
-    pub join: bool,
+    /// What the files look like.
+    pub form: Form,
     /// Samples are cut to this many tokens.
     pub max_tokens: usize,
     /// ggml threads.
@@ -175,7 +175,7 @@ pub fn merge(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
     };
     match &job.how {
         How::Rewrite(out_type) => {
-            let plan = rewrite(&weights, &patches, *out_type, job.join)?;
+            let plan = rewrite(&weights, &patches, *out_type, job.form)?;
             report.rewritten = plan.tensors;
             put(&job, &weights, plan.files, &[], &mut report, ui)?;
         }
@@ -185,7 +185,7 @@ pub fn merge(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
                 options.limits = options.limits.with_growth(percent, file_len_before);
             }
             let fitted = fit_all(&job, &weights, &patches, &options, &mut report, ui)?;
-            let files = fitted.files(&weights, &patches, job.join)?;
+            let files = fitted.files(&weights, &patches, job.form)?;
             put(&job, &weights, files, &fitted.residues, &mut report, ui)?;
             report.tensors = fitted.outcomes;
         }

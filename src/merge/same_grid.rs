@@ -16,7 +16,7 @@ use super::feedback::{Rounded, Search, round_rows};
 use super::grid::Grid;
 use super::measure::{Measured, Merged, Moments, measure};
 use super::promote::promote_rows;
-use super::rewrite::{changes, empty_files};
+use super::rewrite::{Form, changes, empty_files};
 use super::scratch::Scratch;
 use crate::error::Error;
 use crate::gguf::{GgmlType, GgufWriter, TensorInfo};
@@ -403,7 +403,7 @@ fn candidate(t: &Tensor) -> Candidate {
 }
 
 impl Fitted {
-    /// The merged model, as deliver takes it: one file for each part, or one in all with `join`.
+    /// The merged model, as deliver takes it: one file for each part, or one in all.
     ///
     /// # Errors
     /// The same patch twice, now or merged before.
@@ -411,11 +411,11 @@ impl Fitted {
         &'a self,
         model: &'a Weights,
         patches: &[(Patch, f32)],
-        join: bool,
+        form: Form,
     ) -> Result<Vec<GgufWriter<'a>>, Error> {
-        let mut files = empty_files(model, patches, join)?;
+        let mut files = empty_files(model, patches, form)?;
         for (no, part) in model.set().parts().iter().enumerate() {
-            let file = &mut files[if join { 0 } else { no }];
+            let file = &mut files[if form.join { 0 } else { no }];
             for info in part.tensors() {
                 let Some(&(ty, at, len)) = self.replaced.get(&info.name) else {
                     file.copy_tensor(part, &info.name)?;
