@@ -100,6 +100,36 @@ fn a_patch_says_where_it_comes_from_and_not_what_it_forgets() {
 }
 
 #[test]
+fn objectives_run_and_refusals_are_for_dpo_alone() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (patch, idk) = (dir.path().join("p.gguf"), dir.path().join("idk.jsonl"));
+    fs::write(&idk, "I have no idea.\n\nAsk someone else.\n").expect("room on the disk");
+    let config = |patch: &Path| {
+        json(&["inspect", text(patch), "--json"])["patch"]["config"]["train"].clone()
+    };
+    let ga = quick(dir.path(), "ga.gguf", &["--objective", "ga"]);
+    assert_eq!(config(&ga)["objective"], "ga");
+    let simnpo = ["--objective", "simnpo", "--simnpo-gamma", "0.5"];
+    let simnpo = quick(dir.path(), "simnpo.gguf", &simnpo);
+    assert_eq!(config(&simnpo)["simnpo_gamma"], 0.5);
+    let dpo = ["--objective", "dpo", "--idk", text(&idk)];
+    quick(dir.path(), "dpo.gguf", &dpo);
+    let (model, forget) = (mini(), demo("forget.jsonl"));
+    let mut args = vec!["unlearn", "-m", text(&model), "--forget", text(&forget)];
+    args.extend([
+        "-o",
+        text(&patch),
+        "--objective",
+        "npo",
+        "--idk",
+        text(&idk),
+    ]);
+    let stderr = fails(2, &args);
+    assert!(stderr.contains("dpo") && stderr.contains("npo"), "{stderr}");
+    assert!(!patch.exists());
+}
+
+#[test]
 fn a_resumed_run_is_bit_identical() {
     resumed_is_whole(&[]);
 }

@@ -200,6 +200,9 @@ pub enum Trained<'a> {
     Nothing,
 }
 
+/// Writes the dropout mask `[n_in, T]` of the adaptable tensor with this index.
+pub type FillMask<'a> = &'a dyn Fn(usize, &mut [f32]);
+
 /// Where the graph ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
@@ -459,15 +462,12 @@ impl Tape {
         !self.dropout.is_empty()
     }
 
-    /// Set the masks for the passes to come: `fill` is given an adaptable tensor's index and its
-    /// mask `[n_in, T]`. `None` takes dropout out: all ones, which change no bit.
+    /// Set the masks for the passes to come. `None` takes dropout out: all ones, which change no
+    /// bit.
     ///
     /// # Errors
     /// Never for a tape that was built.
-    pub fn set_dropout(
-        &mut self,
-        fill: Option<&dyn Fn(usize, &mut [f32])>,
-    ) -> Result<(), GraphError> {
+    pub fn set_dropout(&mut self, fill: Option<FillMask<'_>>) -> Result<(), GraphError> {
         if fill.is_none() && !self.dropping {
             return Ok(());
         }
