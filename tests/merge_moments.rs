@@ -300,6 +300,11 @@ fn sets_pool_split_and_combine_as_documented() {
     let combined = found.combined(tensor, lambda, Part::HeldOut).expect("H");
     assert!(difference(&combined, &wanted) < 1e-5);
 
+    for lambda in [-1.0, f64::NAN] {
+        let refused = found.combined(tensor, lambda, Part::Fit);
+        assert_eq!(refused.expect_err("no weight").exit_code(), 2);
+    }
+
     // tr(E·H·Eᵀ) of E = I is tr(H); of a random E, the sum over its rows.
     let n = n as usize;
     let mut rng = SplitMix64(3);

@@ -63,6 +63,38 @@ impl Default for GateConfig {
     }
 }
 
+impl GateConfig {
+    /// Whether the thresholds can be met at all.
+    ///
+    /// # Errors
+    /// [`Error::Setting`].
+    pub fn validate(&self) -> Result<(), Error> {
+        let limits = [
+            ("min-kept-effect", self.min_kept_effect),
+            ("min-retain-ratio", self.min_retain_ratio),
+            ("max-kl-forget", self.max_kl_forget),
+            ("max-kl-general", self.max_kl_general),
+        ];
+        for (setting, value) in limits {
+            if !(0.0..f64::INFINITY).contains(&value) {
+                return Err(Error::Setting {
+                    setting,
+                    wanted: "a number, 0 or above".into(),
+                    found: value.to_string(),
+                });
+            }
+        }
+        if self.max_samples == 0 {
+            return Err(Error::Setting {
+                setting: "max-samples",
+                wanted: "at least 1".into(),
+                found: "0".into(),
+            });
+        }
+        Ok(())
+    }
+}
+
 /// Why a merge is not accepted, or cannot be judged.
 #[allow(missing_docs, reason = "the messages say what each field holds")]
 #[derive(Debug, Clone, PartialEq, Error)]
@@ -172,7 +204,7 @@ impl Verdict {
 /// `progress` gets decodes done, in samples, and all of them.
 ///
 /// # Errors
-/// Models of different vocabularies, no samples at all, llama.cpp's failures. A merged file that
+/// Bad settings, models of different vocabularies, no samples at all, llama.cpp's failures. A merged file that
 /// does not pass is no error here: see [`Verdict::accepted`].
 pub fn gate(
     (model, adapters): (&Model, &Loaded),
@@ -182,6 +214,7 @@ pub fn gate(
     n_threads: usize,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Verdict, Error> {
+    config.validate()?;
     let chosen = Set::ALL.map(|set| spread(sources.of(set), config.max_samples));
     let total: usize = chosen.iter().map(Vec::len).sum::<usize>() + chosen[0].len();
     if total == 0 {
@@ -434,6 +467,19 @@ mod tests {
         };
         v.judge(&GateConfig::default());
         v.failures
+    }
+
+    #[test]
+    fn thresholds_that_mean_nothing_are_refused() {
+        assert!(GateConfig::default().validate().is_ok());
+        for bad in [f64::NAN, -0.1, f64::INFINITY] {
+            let config = GateConfig {
+                max_kl_general: bad,
+                ..GateConfig::default()
+            };
+            let e = config.validate().expect_err("refused");
+            assert!(e.to_string().starts_with("max-kl-general"), "{e}");
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::data::Sample;
 use crate::error::Error;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use thiserror::Error;
@@ -78,7 +78,8 @@ impl<'a> Sources<'a> {
 }
 
 /// How much is captured.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct MomentsConfig {
     /// Tokens kept of each set, evenly spread over it.
     pub max_tokens: usize,
@@ -263,13 +264,20 @@ impl Captured {
     /// Weight of one token of each set in [`combined`](Self::combined).
     ///
     /// # Errors
-    /// An unknown tensor, no tokens.
+    /// An unknown tensor, no tokens, a λ below 0.
     pub(super) fn combination(
         &self,
         tensor: &str,
         lambda: f64,
         part: Part,
     ) -> Result<[f64; 3], Error> {
+        if !(0.0..f64::INFINITY).contains(&lambda) {
+            return Err(Error::Setting {
+                setting: "lambda",
+                wanted: "a number, 0 or above".into(),
+                found: lambda.to_string(),
+            });
+        }
         let input = self.input(tensor)?;
         let energy = |sets: &[Set]| -> f64 {
             sets.iter()

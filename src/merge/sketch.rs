@@ -33,6 +33,7 @@ use crate::subspace::{ThinQr, add_symmetric, eigen_descending, product as produc
 use faer::{Mat, MatRef};
 use half::f16;
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 pub use super::sketch_file::{SketchError, SketchFile, companion, save};
 
@@ -44,7 +45,8 @@ const POWER: usize = 3;
 const DENSE_COLUMNS: usize = 64;
 
 /// How large a sketch may be and what it favours.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct SketchConfig {
     /// Most directions an input keeps.
     pub max_rank: usize,
