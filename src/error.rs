@@ -7,6 +7,7 @@ use crate::gguf::GgufError;
 use crate::graph::GraphError;
 use crate::patch::PatchError;
 use crate::project::ProjectError;
+use crate::score::PrivacyLogError;
 use crate::subspace::SubspaceError;
 use crate::subspace_file::SubspaceFileError;
 use crate::train::checkpoint::CheckpointError;
@@ -101,6 +102,9 @@ pub enum Error {
         /// Optimiser step, from 1.
         step: u64,
     },
+    /// A retain model's privacy report that was refused.
+    #[error(transparent)]
+    PrivacyLog(#[from] PrivacyLogError),
     /// A setting that cannot be used.
     #[error("{setting}: wanted {wanted}, found {found}")]
     Setting {
@@ -163,6 +167,7 @@ impl Error {
             Self::SubspaceFile(SubspaceFileError::Base { .. }) => 4,
             Self::SubspaceFile(_) => 3,
             Self::Checkpoint(_)
+            | Self::PrivacyLog(_)
             | Self::Overlap(_)
             | Self::Gguf(_)
             | Self::Data(_)

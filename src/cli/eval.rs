@@ -1,6 +1,8 @@
 //! `nepenthe eval`.
 
 use super::common::{AdapterArgs, ModelArgs, Output, TemplateArg};
+use super::eval_choice::ChoiceArgs;
+use super::eval_privacy::PrivacyArgs;
 use crate::data::load_records;
 use crate::error::Error;
 use crate::ggml::{Context, ContextOptions};
@@ -9,9 +11,9 @@ use crate::score::{evaluate, perplexity};
 use clap::Args;
 use std::path::{Path, PathBuf};
 
-/// Measure answers or perplexity
+/// Measure answers, perplexity, multiple choice or privacy
 #[derive(Debug, Args)]
-#[command(group(clap::ArgGroup::new("what").required(true).args(["data", "text"])))]
+#[command(group(clap::ArgGroup::new("what").required(true).args(["data", "text", "choice", "privacy"])))]
 pub struct Eval {
     #[command(flatten)]
     model: ModelArgs,
@@ -25,7 +27,11 @@ pub struct Eval {
     /// Running text: print its perplexity
     #[arg(long)]
     text: Option<PathBuf>,
-    /// Only the first N records
+    #[command(flatten)]
+    choice: ChoiceArgs,
+    #[command(flatten)]
+    privacy: PrivacyArgs,
+    /// Only the first N records (of each file)
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
     /// Only the first N tokens of the text
@@ -49,6 +55,12 @@ pub struct Eval {
 
 impl Eval {
     pub(super) fn run(&self) -> Result<(), Error> {
+        if !self.choice.choice.is_empty() {
+            return self.run_choice();
+        }
+        if self.privacy.privacy {
+            return self.run_privacy();
+        }
         let open = self.model.open()?;
         let adapters = self.adapters.open(&open)?;
         let mut progress = Progress::new("scoring", self.output.quiet || self.output.json);
@@ -82,6 +94,26 @@ impl Eval {
             println!("answer tokens       {}", result.tokens);
         }
         Ok(())
+    }
+
+    fn run_choice(&self) -> Result<(), Error> {
+        let subjects = self.choice.load(self.limit)?;
+        let open = self.model.open()?;
+        let adapters = self.adapters.open(&open)?;
+        let report = (self.details.as_deref(), self.output);
+        self.choice
+            .run(&subjects, (&open, &adapters), &self.model, report)
+    }
+
+    fn run_privacy(&self) -> Result<(), Error> {
+        let sets = self.privacy.load(self.limit)?;
+        let open = self.model.open()?;
+        let adapters = self.adapters.open(&open)?;
+        let template = self.template.of(&open)?;
+        let report = (self.details.as_deref(), self.output);
+        let limits = (&self.model, self.max_tokens);
+        self.privacy
+            .run(&sets, (&open, &adapters, &template), limits, report)
     }
 
     fn perplexity(

@@ -131,7 +131,7 @@ pub fn load_lines(path: &Path) -> Result<Vec<String>, DataError> {
     Ok(lines)
 }
 
-fn is_json(path: &Path) -> bool {
+pub(super) fn is_json(path: &Path) -> bool {
     path.extension()
         .and_then(|extension| extension.to_str())
         .is_some_and(|extension| {
@@ -141,7 +141,7 @@ fn is_json(path: &Path) -> bool {
         })
 }
 
-fn read_text(path: &Path) -> Result<String, DataError> {
+pub(super) fn read_text(path: &Path) -> Result<String, DataError> {
     let bytes = std::fs::read(path).map_err(|source| DataError::Read {
         path: path.into(),
         source,
@@ -193,9 +193,21 @@ pub fn parse_text(text: &str) -> Vec<String> {
     paragraphs
 }
 
+/// One JSON value into a record of some kind.
+type Convert<'a, T> = &'a dyn Fn(Value) -> Result<T, RecordProblem>;
+
 /// Parses JSON Lines, a JSON array of records, or one record written over several lines.
 /// `path` is for error messages only.
 pub fn parse_json(text: &str, path: &Path) -> Result<Vec<Record>, DataError> {
+    parse_values(text, path, &record)
+}
+
+/// [`parse_json`] for records of another kind: `convert` makes one of each value.
+pub(super) fn parse_values<T>(
+    text: &str,
+    path: &Path,
+    convert: Convert<'_, T>,
+) -> Result<Vec<T>, DataError> {
     let body = text.trim_start();
     let first_line = line_at(text.as_bytes(), text.len() - body.len());
     let whole_file_is_one_value = body.starts_with('[')
@@ -204,7 +216,7 @@ pub fn parse_json(text: &str, path: &Path) -> Result<Vec<Record>, DataError> {
                 serde_json::from_str::<&RawValue>(line).is_err_and(|e| e.is_eof())
             }));
     if whole_file_is_one_value {
-        match parse_one_value(text, path) {
+        match parse_one_value(text, path, convert) {
             // A first line cut off in mid-value may also be a damaged JSON Lines file.
             Err(DataError::Json { .. }) if body.starts_with('{') => {}
             parsed => return parsed,
@@ -217,13 +229,17 @@ pub fn parse_json(text: &str, path: &Path) -> Result<Vec<Record>, DataError> {
         }
         let value: Value =
             serde_json::from_str(line).map_err(|source| json_error(path, i + 1, line, source))?;
-        records.push(record(value).map_err(|problem| at(path, i + 1, problem))?);
+        records.push(convert(value).map_err(|problem| at(path, i + 1, problem))?);
     }
     Ok(records)
 }
 
 /// The whole text as one JSON value: an array of records or a single record.
-fn parse_one_value(text: &str, path: &Path) -> Result<Vec<Record>, DataError> {
+fn parse_one_value<T>(
+    text: &str,
+    path: &Path,
+    convert: Convert<'_, T>,
+) -> Result<Vec<T>, DataError> {
     let broken = |source: serde_json::Error| {
         let line = source.line().max(1);
         json_error(path, line, text.lines().nth(line - 1).unwrap_or(""), source)
@@ -241,7 +257,7 @@ fn parse_one_value(text: &str, path: &Path) -> Result<Vec<Record>, DataError> {
         line += line_at(&text.as_bytes()[seen..], start - seen) - 1;
         seen = start;
         let value: Value = serde_json::from_str(raw.get()).map_err(broken)?;
-        records.push(record(value).map_err(|problem| at(path, line, problem))?);
+        records.push(convert(value).map_err(|problem| at(path, line, problem))?);
     }
     Ok(records)
 }
@@ -264,7 +280,7 @@ fn json_error(path: &Path, line: usize, found: &str, source: serde_json::Error) 
     }
 }
 
-fn at(path: &Path, line: usize, problem: RecordProblem) -> DataError {
+pub(super) fn at(path: &Path, line: usize, problem: RecordProblem) -> DataError {
     DataError::Record {
         path: path.into(),
         line,
@@ -389,7 +405,7 @@ fn text_at(
     }
 }
 
-fn type_name(value: &Value) -> &'static str {
+pub(super) fn type_name(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
