@@ -82,7 +82,9 @@ impl ChoiceArgs {
             _ => vec![Vec::new(); subjects.len()],
         };
         for subject in &mut subjects {
-            subject.questions.truncate(limit.unwrap_or(usize::MAX).max(1));
+            subject
+                .questions
+                .truncate(limit.unwrap_or(usize::MAX).max(1));
         }
         Ok(subjects.into_iter().zip(shots).collect())
     }
@@ -161,7 +163,10 @@ fn print(report: &Report) {
         line("all", &report.overall);
     }
     if report.truncated > 0 {
-        println!("{} prompts were cut to the model's context", report.truncated);
+        println!(
+            "{} prompts were cut to the model's context",
+            report.truncated
+        );
     }
 }
 

@@ -63,7 +63,10 @@ impl PrivacyArgs {
             return Err(Error::Setting {
                 setting: "holdout",
                 wanted: "records the model never saw".into(),
-                found: format!("{shared} records of the forget set in {}", holdout_file.display()),
+                found: format!(
+                    "{shared} records of the forget set in {}",
+                    holdout_file.display()
+                ),
             });
         }
         forget.truncate(limit);
@@ -105,9 +108,8 @@ impl PrivacyArgs {
         (model, max_tokens): (&ModelArgs, usize),
         (details, output): (Option<&Path>, Output),
     ) -> Result<(), Error> {
-        let retain = |path: &PathBuf| {
-            Retain::load(path, sets.forget.len(), sets.holdout.len(), self.min_k)
-        };
+        let retain =
+            |path: &PathBuf| Retain::load(path, sets.forget.len(), sets.holdout.len(), self.min_k);
         // Before the long part: a wrong report should not cost a pass.
         let retain = self.retain_model.as_ref().map(retain).transpose()?;
         let mut progress = Progress::new("scoring", output.quiet || output.json);
@@ -163,7 +165,10 @@ fn print(report: &Privacy) {
             println!();
         }
     };
-    println!("{:<24}{:>9}{:>9}{:>9}{:>9}", "attack", "loss", "zlib", "min-k", "min-k++");
+    println!(
+        "{:<24}{:>9}{:>9}{:>9}{:>9}",
+        "attack", "loss", "zlib", "min-k", "min-k++"
+    );
     row("AUC", Some(report.auc));
     row("privacy leakage, %", report.privleak);
     row("relative difference, %", report.rel_diff);

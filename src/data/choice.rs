@@ -280,8 +280,8 @@ pub fn parse_mmlu(text: &str, path: &Path) -> Result<Vec<Question>, DataError> {
     let mut questions = Vec::new();
     for (i, row) in reader.records().enumerate() {
         let row = row.expect("UTF-8 in memory, rows of any length");
-        let line = row.position().map_or(1, |p| p.line() as usize);
-        let problem = |problem| at(path, line, problem);
+        let start = row.position().map_or(0, |p| p.byte() as usize);
+        let problem = |problem| at(path, line_of(text, start), problem);
         if i == 0 && row.iter().any(|field| field.eq_ignore_ascii_case("answer")) {
             columns = header(&row).map_err(problem)?;
             n_columns = row.len();
@@ -298,6 +298,16 @@ pub fn parse_mmlu(text: &str, path: &Path) -> Result<Vec<Question>, DataError> {
         questions.push(build(question, choices, answer).map_err(problem)?);
     }
     Ok(questions)
+}
+
+/// The line, from 1, of the row that begins at byte `start` or after the blank lines there, which
+/// the reader counts to the row.
+fn line_of(text: &str, start: usize) -> usize {
+    let blank = text[start..]
+        .bytes()
+        .take_while(|b| matches!(b, b'\r' | b'\n'));
+    let end = start + blank.count();
+    1 + text[..end].bytes().filter(|&b| b == b'\n').count()
 }
 
 /// Where the header has question, the four choices and answer.

@@ -128,7 +128,10 @@ fn lay_out(
     let path = |(choice, letter): (usize, &Vec<Token>)| Path {
         prompt,
         tokens: [&context[..], &letter[..letter.len() - 1]].concat(),
-        wants: (last..).zip(letter).map(|(at, &t)| (at, choice, t)).collect(),
+        wants: (last..)
+            .zip(letter)
+            .map(|(at, &t)| (at, choice, t))
+            .collect(),
     };
     Ok(letters.iter().enumerate().map(path).collect())
 }

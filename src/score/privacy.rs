@@ -129,17 +129,19 @@ impl Retain {
             path: path.into(),
             source,
         })?;
-        let log: Self =
-            serde_json::from_slice(&text).map_err(|source| PrivacyLogError::Json {
-                path: path.into(),
-                source,
-            })?;
+        let log: Self = serde_json::from_slice(&text).map_err(|source| PrivacyLogError::Json {
+            path: path.into(),
+            source,
+        })?;
         let checks = [
             ("n_forget", n_forget as f64, log.n_forget as f64),
             ("n_holdout", n_holdout as f64, log.n_holdout as f64),
             ("min_k", min_k, log.min_k),
         ];
-        match checks.into_iter().find(|(_, wanted, found)| wanted != found) {
+        match checks
+            .into_iter()
+            .find(|(_, wanted, found)| wanted != found)
+        {
             None => Ok(log),
             Some((key, wanted, found)) => Err(PrivacyLogError::Other {
                 path: path.into(),
@@ -176,7 +178,10 @@ pub fn measure_privacy(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Measured, Error> {
     let samples = |records: &[Record]| build_samples(records, model, template, max_tokens);
-    let (forget, holdout) = (samples(sets.forget)?.samples, samples(sets.holdout)?.samples);
+    let (forget, holdout) = (
+        samples(sets.forget)?.samples,
+        samples(sets.holdout)?.samples,
+    );
     let others: Vec<Record> = sets
         .perturbed
         .unwrap_or_default()
@@ -203,9 +208,8 @@ pub fn measure_privacy(
     let attack = |answers: &[AnswerStats]| -> Vec<Attacks<f64>> {
         answers.iter().map(|a| a.attack(min_k)).collect()
     };
-    let over = |value: &dyn Fn(&AnswerStats) -> f64| {
-        mean(&forget.iter().map(value).collect::<Vec<f64>>())
-    };
+    let over =
+        |value: &dyn Fn(&AnswerStats) -> f64| mean(&forget.iter().map(value).collect::<Vec<f64>>());
     let exact: Vec<f64> = forget
         .iter()
         .filter_map(|a| exact_memorisation(&a.tokens))
@@ -243,7 +247,9 @@ fn known(perturbed: &[Perturbed], losses: &[f64]) -> (f64, f64) {
         let (right, after) = rest.split_at(p.paraphrased.len());
         let (wrong, after) = after.split_at(p.wrong.len());
         rest = after;
-        probs.push(mean(&right.iter().map(|l| (-l).exp()).collect::<Vec<f64>>()));
+        probs.push(mean(
+            &right.iter().map(|l| (-l).exp()).collect::<Vec<f64>>(),
+        ));
         shares.push(truth_share(right, wrong));
     }
     (mean(&probs), mean(&shares))
@@ -258,7 +264,10 @@ fn answers(
     let rows = answer_rows(context, samples, &TokenStat::new, progress)?;
     let model = context.model();
     let answer = |(sample, mut tokens): (&Sample, Vec<TokenStat>)| {
-        let answered = sample.answers.iter().flat_map(|a| &sample.tokens[a.clone()]);
+        let answered = sample
+            .answers
+            .iter()
+            .flat_map(|a| &sample.tokens[a.clone()]);
         let text = answered.flat_map(|&t| model.piece(t, false)).collect();
         let ends = sample.tokens.last().is_some_and(|&t| model.is_end(t));
         let end = if ends { tokens.pop() } else { None };
