@@ -15,6 +15,7 @@ use crate::merge::sketch::SketchError;
 use crate::merge::undo::UndoError;
 use crate::patch::PatchError;
 use crate::project::ProjectError;
+use crate::score::PrivacyLogError;
 use crate::score::tofu::PartialError;
 use crate::subspace::SubspaceError;
 use crate::subspace_file::SubspaceFileError;
@@ -150,6 +151,9 @@ pub enum Error {
         /// Optimiser step, from 1.
         step: u64,
     },
+    /// A retain model's privacy report that was refused.
+    #[error(transparent)]
+    PrivacyLog(#[from] PrivacyLogError),
     /// A setting that cannot be used.
     #[error("{setting}: wanted {wanted}, found {found}")]
     Setting {
@@ -218,6 +222,7 @@ impl Error {
             Self::SubspaceFile(_) => 3,
             Self::Checkpoint(_)
             | Self::Undo(_)
+            | Self::PrivacyLog(_)
             | Self::Overlap(_)
             | Self::Gguf(_)
             | Self::Data(_)

@@ -1,6 +1,8 @@
 //! `nepenthe eval`.
 
 use super::common::{AdapterArgs, ModelArgs, Output, TemplateArg};
+use super::eval_choice::ChoiceArgs;
+use super::eval_privacy::PrivacyArgs;
 use super::eval_tofu::{Shared, TofuArgs};
 use crate::data::load_records;
 use crate::error::Error;
@@ -10,9 +12,9 @@ use crate::score::{evaluate, perplexity};
 use clap::Args;
 use std::path::{Path, PathBuf};
 
-/// Measure answers, perplexity, or TOFU's scores
+/// Measure answers, perplexity, TOFU's scores, multiple choice or privacy
 #[derive(Debug, Args)]
-#[command(group(clap::ArgGroup::new("what").required(true).args(["data", "text", "tofu"])))]
+#[command(group(clap::ArgGroup::new("what").required(true).args(["data", "text", "tofu", "choice", "privacy"])))]
 pub struct Eval {
     #[command(flatten)]
     model: ModelArgs,
@@ -28,7 +30,11 @@ pub struct Eval {
     text: Option<PathBuf>,
     #[command(flatten)]
     tofu: TofuArgs,
-    /// Only the first N records (of each of TOFU's sets)
+    #[command(flatten)]
+    choice: ChoiceArgs,
+    #[command(flatten)]
+    privacy: PrivacyArgs,
+    /// Only the first N records (of each file or set)
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
     /// Only the first N tokens of the text
@@ -64,6 +70,12 @@ impl Eval {
             };
             return self.tofu.run(dir, &shared);
         }
+        if !self.choice.choice.is_empty() {
+            return self.run_choice();
+        }
+        if self.privacy.privacy {
+            return self.run_privacy();
+        }
         let open = self.model.open()?;
         let adapters = self.adapters.open(&open)?;
         let mut progress = Progress::new("scoring", self.output.quiet || self.output.json);
@@ -97,6 +109,26 @@ impl Eval {
             println!("answer tokens       {}", result.tokens);
         }
         Ok(())
+    }
+
+    fn run_choice(&self) -> Result<(), Error> {
+        let subjects = self.choice.load(self.limit)?;
+        let open = self.model.open()?;
+        let adapters = self.adapters.open(&open)?;
+        let report = (self.details.as_deref(), self.output);
+        self.choice
+            .run(&subjects, (&open, &adapters), &self.model, report)
+    }
+
+    fn run_privacy(&self) -> Result<(), Error> {
+        let sets = self.privacy.load(self.limit)?;
+        let open = self.model.open()?;
+        let adapters = self.adapters.open(&open)?;
+        let template = self.template.of(&open)?;
+        let report = (self.details.as_deref(), self.output);
+        let limits = (&self.model, self.max_tokens);
+        self.privacy
+            .run(&sets, (&open, &adapters, &template), limits, report)
     }
 
     fn perplexity(

@@ -4,6 +4,8 @@ mod check;
 mod common;
 mod demo;
 mod eval;
+mod eval_choice;
+mod eval_privacy;
 mod eval_tofu;
 mod inspect;
 mod interrupt;

@@ -88,6 +88,30 @@ pub enum DataError {
         /// The least that works.
         min: usize,
     },
+    /// A directory without question files.
+    #[error("{}: wanted .csv, .json or .jsonl files in the directory, found none", path.display())]
+    NoFiles {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A subject without solved questions.
+    #[error("{}: wanted a file with solved questions on `{subject}`, found none", path.display())]
+    NoShots {
+        /// Where they were looked for.
+        path: PathBuf,
+        /// The subject.
+        subject: String,
+    },
+    /// Fewer solved questions than asked for.
+    #[error("{}: wanted {wanted} solved questions, found {found}", path.display())]
+    FewShots {
+        /// The file.
+        path: PathBuf,
+        /// How many were asked for.
+        wanted: usize,
+        /// How many there are.
+        found: usize,
+    },
     /// Every record was too short to carry a loss.
     #[error("wanted at least one record of two tokens or more, found none among {n_records}")]
     NoSamples {
@@ -167,5 +191,31 @@ pub enum RecordProblem {
     NoAssistant {
         /// How many messages there are.
         n_messages: usize,
+    },
+    /// Not a question with four choices.
+    #[error("wanted 4 choices, found {found}")]
+    Choices {
+        /// How many there are.
+        found: usize,
+    },
+    /// An answer that names none of the four choices.
+    #[error("wanted an answer from 0 to 3 or from A to D, found {found}")]
+    Answer {
+        /// What stands there.
+        found: String,
+    },
+    /// A CSV row with too many or too few fields.
+    #[error("wanted {wanted} fields, found {found}")]
+    Fields {
+        /// The header's number, or six where there is none.
+        wanted: usize,
+        /// The row's.
+        found: usize,
+    },
+    /// A CSV header without the columns of a question.
+    #[error("wanted columns question, choice0 to choice3 (or A to D) and answer, found {found}")]
+    Header {
+        /// The columns that are there.
+        found: String,
     },
 }

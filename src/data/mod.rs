@@ -2,9 +2,12 @@
 //!
 //! The path of the data: a file becomes [`Record`]s (`record`), a record becomes text through a
 //! chat template (`template`), text becomes a [`Sample`] of token ids together with the ranges
-//! whose loss counts (`sample`). [`overlap`] and [`salted_hash`] (`set`) describe whole sets.
+//! whose loss counts (`sample`). Multiple-choice questions have layouts and a prompt of their own
+//! (`choice`). [`overlap`] and [`salted_hash`] (`set`) describe whole sets.
 
+pub mod choice;
 mod error;
+mod perturbed;
 mod record;
 mod refusal;
 mod sample;
@@ -13,6 +16,7 @@ mod template;
 mod tofu;
 
 pub use error::{DataError, RecordProblem};
+pub use perturbed::{Perturbed, load_perturbed};
 pub use record::{Message, Record, Role, load_lines, load_records, parse_json, parse_text};
 pub use refusal::{refusals, refused};
 pub use sample::{Sample, SampleSet, Tokenize, TokenizeError, build_prompt, build_samples};

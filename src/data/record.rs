@@ -155,7 +155,7 @@ pub fn load_lines(path: &Path) -> Result<Vec<String>, DataError> {
     Ok(lines)
 }
 
-fn is_json(path: &Path) -> bool {
+pub(super) fn is_json(path: &Path) -> bool {
     path.extension()
         .and_then(|extension| extension.to_str())
         .is_some_and(|extension| {
@@ -301,7 +301,7 @@ fn json_error(path: &Path, line: usize, found: &str, source: serde_json::Error) 
     }
 }
 
-fn at(path: &Path, line: usize, problem: RecordProblem) -> DataError {
+pub(super) fn at(path: &Path, line: usize, problem: RecordProblem) -> DataError {
     DataError::Record {
         path: path.into(),
         line,

@@ -1,7 +1,10 @@
 //! Scores, as the papers and programs that introduced them define them. No model in here.
 
+pub mod choice;
 mod kolmogorov;
 pub mod ks;
+pub mod membership;
+pub mod memorisation;
 mod porter;
 pub mod rouge;
 pub mod stats;

@@ -28,8 +28,29 @@ pub fn answer_losses(
     samples: &[Sample],
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<SampleLoss>, Error> {
+    let rows = answer_rows(context, samples, &nll, progress)?;
+    let sum = |nll: Vec<f64>| SampleLoss {
+        nll: nll.iter().sum(),
+        loss: nll.iter().sum(),
+        n_tokens: nll.len(),
+        ..SampleLoss::default()
+    };
+    Ok(rows.into_iter().map(sum).collect())
+}
+
+/// `measure` of every answer token of `samples`: of the row of logits before it `[n_vocab]`, and
+/// the token.
+///
+/// # Errors
+/// llama.cpp's failures.
+pub fn answer_rows<T: Send>(
+    context: &mut Context,
+    samples: &[Sample],
+    measure: &(dyn Fn(&[f32], Token) -> T + Sync),
+    progress: &mut dyn FnMut(usize),
+) -> Result<Vec<Vec<T>>, Error> {
     let max_rows = (LOGIT_BYTES / (4 * context.model().n_vocab())).max(1);
-    let mut losses = vec![SampleLoss::default(); samples.len()];
+    let mut measured: Vec<Vec<T>> = samples.iter().map(|_| Vec::new()).collect();
     let lengths: Vec<usize> = samples.iter().map(|s| s.tokens.len() - 1).collect();
     let mut done = 0;
     for bin in pack(&lengths, context.n_batch()) {
@@ -45,22 +66,20 @@ pub fn answer_losses(
                     rows += samples[group[end]].n_answer_tokens();
                     end += 1;
                 }
-                decode(context, samples, &group[at..end], &mut losses)?;
+                let rows = decode(context, samples, &group[at..end])?;
+                for (row, value) in rows.iter().zip(measure_rows(context, &rows, measure)) {
+                    measured[row.sample].push(value);
+                }
                 done += end - at;
                 progress(done);
                 at = end;
             }
         }
     }
-    Ok(losses)
+    Ok(measured)
 }
 
-fn decode(
-    context: &mut Context,
-    samples: &[Sample],
-    group: &[usize],
-    losses: &mut [SampleLoss],
-) -> Result<(), Error> {
+fn decode(context: &mut Context, samples: &[Sample], group: &[usize]) -> Result<Vec<Row>, Error> {
     let mut batch = Batch::default();
     let mut rows = Vec::new();
     for (seq, &s) in group.iter().enumerate() {
@@ -80,29 +99,35 @@ fn decode(
     }
     context.clear();
     context.decode(&mut batch)?;
-    let found = row_losses(context, &rows);
-    for (row, nll) in rows.iter().zip(found) {
-        losses[row.sample].nll += nll;
-        losses[row.sample].loss += nll;
-        losses[row.sample].n_tokens += 1;
-    }
-    Ok(())
+    Ok(rows)
 }
 
-fn row_losses(context: &Context, rows: &[Row]) -> Vec<f64> {
-    let rows: Vec<_> = rows.iter().map(|r| (r.at, r.token)).collect();
-    row_nll(context, &rows)
+fn measure_rows<T: Send>(
+    context: &Context,
+    rows: &[Row],
+    measure: &(dyn Fn(&[f32], Token) -> T + Sync),
+) -> Vec<T> {
+    let rows: Vec<(usize, Token)> = rows.iter().map(|r| (r.at, r.token)).collect();
+    measure_at(context, &rows, measure)
 }
 
 /// −log p of each token after the batch's token at its place.
 pub(super) fn row_nll(context: &Context, rows: &[(usize, Token)]) -> Vec<f64> {
+    measure_at(context, rows, &nll)
+}
+
+fn measure_at<T: Send>(
+    context: &Context,
+    rows: &[(usize, Token)],
+    measure: &(dyn Fn(&[f32], Token) -> T + Sync),
+) -> Vec<T> {
     let logits: Vec<(&[f32], Token)> = rows
         .iter()
         .map(|&(at, token)| (context.logits(at).expect("asked for in this batch"), token))
         .collect();
     logits
         .par_iter()
-        .map(|(row, token)| nll(row, *token))
+        .map(|(row, token)| measure(row, *token))
         .collect()
 }
 
@@ -151,7 +176,7 @@ pub fn perplexity(
             }
             context.decode(&mut batch)?;
             n += rows.len();
-            sum += row_losses(context, &rows).iter().sum::<f64>();
+            sum += measure_rows(context, &rows, &nll).iter().sum::<f64>();
             at = end;
         }
         progress(w + 1, n_windows);

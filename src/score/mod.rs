@@ -3,14 +3,18 @@
 //! [`answer_losses`] scores given answers, [`generate_greedy`] writes answers, [`perplexity`] reads running
 //! text, [`evaluate`] is what `nepenthe eval` prints.
 
+mod choice;
 mod generate;
 mod losses;
+mod privacy;
 mod shared;
 pub mod tofu;
 mod tofu_partial;
 
+pub use choice::{Answered, answer_choices};
 pub use generate::{Sampling, generate_greedy, generate_streaming};
-pub use losses::{answer_losses, perplexity};
+pub use losses::{answer_losses, answer_rows, perplexity};
+pub use privacy::{Measured, Privacy, PrivacyLogError, Retain, Sets, measure_privacy};
 pub use shared::shared_losses;
 
 use crate::data::{Record, Sample, Template, build_samples};
