@@ -8,6 +8,7 @@ use crate::graph::GraphError;
 use crate::merge::replace::ReplaceError;
 use crate::merge::undo::UndoError;
 use crate::patch::PatchError;
+use crate::patch::peft::PeftError;
 use crate::project::ProjectError;
 use crate::subspace::SubspaceError;
 use crate::subspace_file::SubspaceFileError;
@@ -37,6 +38,9 @@ pub enum Error {
     /// A patch that was refused.
     #[error(transparent)]
     Patch(#[from] PatchError),
+    /// A PEFT adapter that was refused.
+    #[error(transparent)]
+    Peft(#[from] PeftError),
     /// A subspace file that was refused.
     #[error(transparent)]
     SubspaceFile(#[from] SubspaceFileError),
@@ -175,6 +179,7 @@ impl Error {
             Self::SubspaceFile(_) => 3,
             Self::Checkpoint(_)
             | Self::Undo(_)
+            | Self::Peft(_)
             | Self::Overlap(_)
             | Self::Gguf(_)
             | Self::Data(_)

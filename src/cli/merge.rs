@@ -11,7 +11,7 @@ use clap::Args;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
-/// Merge patches or LoRA adapters into the model's weights
+/// Merge patches or LoRA adapters (GGUF, or a PEFT directory) into the model's weights
 #[derive(Debug, Args)]
 pub struct Merge {
     /// Model file (GGUF; any part of a split one)
@@ -89,7 +89,7 @@ impl Merge {
         }
         let mut patches = Vec::new();
         for (path, scale) in specs {
-            let patch = Patch::open(path)?;
+            let patch = Patch::open_any(path, &model)?;
             patch.check_shapes(&model)?;
             patch.check_base(&model)?;
             patches.push((patch, scale));

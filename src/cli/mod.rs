@@ -3,6 +3,7 @@
 mod check;
 mod common;
 mod demo;
+mod diff;
 mod eval;
 mod inspect;
 mod learn;
@@ -37,6 +38,7 @@ enum Command {
     Eval(eval::Eval),
     Merge(merge::Merge),
     Revert(revert::Revert),
+    Diff(diff::DiffArgs),
     Inspect(inspect::Inspect),
     Check(check::Check),
     Demo(demo::Demo),
@@ -56,6 +58,7 @@ impl Cli {
             Command::Eval(c) => c.run(),
             Command::Merge(c) => c.run(),
             Command::Revert(c) => c.run(),
+            Command::Diff(c) => c.run(),
             Command::Inspect(c) => c.run(),
             Command::Check(c) => c.run(),
             Command::Demo(c) => c.run(),
