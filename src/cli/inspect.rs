@@ -2,7 +2,7 @@
 
 use crate::error::Error;
 use crate::gguf::{Array, Gguf, Value};
-use crate::merge::record::merged;
+use crate::merge::record::{KEY_BASE, merged};
 use crate::patch::Patch;
 use clap::Args;
 use serde_json::{Map, Value as Json, json};
@@ -66,6 +66,9 @@ impl Inspect {
             if !key.starts_with("nepenthe.tensor.") && !key.starts_with("nepenthe.merged.") {
                 println!("  {key} = {}", short(value));
             }
+        }
+        if let Some(base) = gguf.metadata().value(KEY_BASE) {
+            println!("  merged into a model of sha256 {}", short(base));
         }
         for m in &merged {
             println!(

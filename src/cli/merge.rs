@@ -3,7 +3,7 @@
 use super::common::{AdapterArgs, Output};
 use crate::error::Error;
 use crate::graph::weights::Weights;
-use crate::merge::deliver::{To, Ways, deliver};
+use crate::merge::deliver::{Delivery, To, deliver};
 use crate::merge::replace;
 use crate::merge::rewrite::{OutType, rewrite};
 use crate::patch::Patch;
@@ -95,12 +95,12 @@ impl Merge {
             patches.push((patch, scale));
         }
         let plan = rewrite(&model, &patches, self.out_type, self.join)?;
-        let ways = Ways {
+        let how = Delivery {
             to,
             undo: self.undo.as_deref(),
             force: self.force,
         };
-        let done = deliver(model.set(), plan.files, ways, |_| Ok(()))?;
+        let done = deliver(model.set(), plan.files, how, |_| Ok(()))?;
         let hint = modelfile(&done.files);
         if self.output.json {
             super::emit(&json!({
