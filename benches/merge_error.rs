@@ -109,7 +109,7 @@ impl Hook for Watcher {
         let Some(&i) = node.src_name(0).and_then(|n| watch.index.get(&n)) else {
             return true;
         };
-        if node.read_src_f32(1, &mut watch.values) {
+        if node.read_src(1, &mut watch.values).is_ok() {
             let n = watch.widths[i];
             // The first token of every batch is BOS, of huge activations and no meaning.
             let x = &watch.values[n..];

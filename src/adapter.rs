@@ -4,13 +4,15 @@ use crate::error::Error;
 use crate::ggml::Adapter;
 use crate::model::OpenModel;
 use crate::patch::Patch;
+use crate::patch::peft::is_peft;
 use std::path::Path;
 use std::sync::Arc;
 
 /// Loaded adapters with their scales.
 pub type Loaded = Vec<(Arc<Adapter>, f32)>;
 
-/// Check every adapter against the model, then load it. The scales are the user's.
+/// Check every adapter against the model, then load it. The scales are the user's. What PEFT
+/// saved goes through a temporary file in llama.cpp's form.
 ///
 /// # Errors
 /// A malformed adapter, one for another model, or llama.cpp's refusal.
@@ -21,10 +23,20 @@ pub fn open_adapters<'a>(
     specs
         .into_iter()
         .map(|(path, scale)| {
-            let patch = Patch::open(path)?;
+            let patch = Patch::open_any(path, &open.weights)?;
             patch.check_shapes(&open.weights)?;
             patch.check_base(&open.weights)?;
-            Ok((Arc::new(Adapter::load(&open.model, path)?), scale))
+            if !is_peft(path) {
+                return Ok((Arc::new(Adapter::load(&open.model, path)?), scale));
+            }
+            let dir = tempfile::tempdir().map_err(|source| Error::Io {
+                path: std::env::temp_dir(),
+                doing: "making a temporary directory",
+                source,
+            })?;
+            let converted = dir.path().join("adapter.gguf");
+            patch.save(&converted, false)?;
+            Ok((Arc::new(Adapter::load(&open.model, &converted)?), scale))
         })
         .collect()
 }

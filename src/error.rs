@@ -14,6 +14,7 @@ use crate::merge::replace::ReplaceError;
 use crate::merge::sketch::SketchError;
 use crate::merge::undo::UndoError;
 use crate::patch::PatchError;
+use crate::patch::peft::PeftError;
 use crate::project::ProjectError;
 use crate::score::PrivacyLogError;
 use crate::score::tofu::PartialError;
@@ -45,6 +46,9 @@ pub enum Error {
     /// A patch that was refused.
     #[error(transparent)]
     Patch(#[from] PatchError),
+    /// A PEFT adapter that was refused.
+    #[error(transparent)]
+    Peft(#[from] PeftError),
     /// A subspace file that was refused.
     #[error(transparent)]
     SubspaceFile(#[from] SubspaceFileError),
@@ -223,6 +227,7 @@ impl Error {
             Self::Checkpoint(_)
             | Self::Undo(_)
             | Self::PrivacyLog(_)
+            | Self::Peft(_)
             | Self::Overlap(_)
             | Self::Gguf(_)
             | Self::Data(_)

@@ -2,6 +2,7 @@
 
 use crate::error::Error;
 use crate::gguf::{Array, Gguf, Value};
+use crate::merge::record::{KEY_BASE, merged};
 use crate::patch::Patch;
 use clap::Args;
 use serde_json::{Map, Value as Json, json};
@@ -35,6 +36,7 @@ impl Inspect {
             "adapter" => Patch::open(&self.file)?.info,
             _ => None,
         };
+        let merged = merged(&gguf)?;
         if self.json {
             let mut report = json!({
                 "file": self.file,
@@ -44,6 +46,7 @@ impl Inspect {
                 "metadata": metadata(&gguf),
                 "tensor_types": types(&gguf).into_iter().map(|(ty, n, bytes)| json!({ "type": ty, "tensors": n, "bytes": bytes })).collect::<Vec<_>>(),
                 "patch": info,
+                "merged": merged,
             });
             if self.tensors {
                 let list = gguf.tensors().iter().map(|t| json!({ "name": t.name, "shape": t.dims(), "type": t.ty.name(), "bytes": t.n_bytes }));
@@ -60,9 +63,18 @@ impl Inspect {
         );
         for (key, value) in gguf.metadata().iter() {
             // Shown below, one line per tensor.
-            if !key.starts_with("nepenthe.tensor.") {
+            if !key.starts_with("nepenthe.tensor.") && !key.starts_with("nepenthe.merged.") {
                 println!("  {key} = {}", short(value));
             }
+        }
+        if let Some(base) = gguf.metadata().value(KEY_BASE) {
+            println!("  merged into a model of sha256 {}", short(base));
+        }
+        for m in &merged {
+            println!(
+                "  contains {} at scale {} (sha256 {})",
+                m.name, m.scale, m.sha256
+            );
         }
         for (ty, n, bytes) in types(&gguf) {
             println!("  {n} tensors of {ty}, {bytes} bytes");

@@ -4,7 +4,7 @@ use super::common::{AdapterArgs, GpuLayers, Output, threads};
 use super::merge_args::{FitArgs, GateArgs, TextArgs};
 use super::merge_report::{MergeUi, print};
 use crate::error::Error;
-use crate::merge::deliver::{To, Ways};
+use crate::merge::deliver::{Delivery, To};
 use crate::merge::replace;
 use crate::merge::rewrite::{Form, OutType};
 use crate::merge::run::{How, Job, merge};
@@ -12,7 +12,7 @@ use clap::Args;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
-/// Merge patches or LoRA adapters into the model's weights
+/// Merge patches or LoRA adapters (GGUF, or a PEFT directory) into the model's weights
 #[derive(Debug, Args)]
 pub struct Merge {
     /// Model file (GGUF; any part of a split one)
@@ -118,7 +118,7 @@ impl Merge {
             max_growth: self.fit.max_growth,
             gate: self.gate.config(),
             keep_failed: self.gate.keep_failed,
-            ways: Ways {
+            delivery: Delivery {
                 to,
                 undo: self.undo.as_deref(),
                 force: self.force,

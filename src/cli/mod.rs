@@ -3,6 +3,7 @@
 mod check;
 mod common;
 mod demo;
+mod diff;
 mod eval;
 mod eval_choice;
 mod eval_privacy;
@@ -45,6 +46,7 @@ enum Command {
     Score(score::Score),
     Merge(merge::Merge),
     Revert(revert::Revert),
+    Diff(diff::DiffArgs),
     Inspect(inspect::Inspect),
     Check(check::Check),
     Demo(demo::Demo),
@@ -65,6 +67,7 @@ impl Cli {
             Command::Score(c) => c.run(),
             Command::Merge(c) => c.run(),
             Command::Revert(c) => c.run(),
+            Command::Diff(c) => c.run(),
             Command::Inspect(c) => c.run(),
             Command::Check(c) => c.run(),
             Command::Demo(c) => c.run(),

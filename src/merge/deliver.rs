@@ -24,7 +24,7 @@ pub enum To<'a> {
 
 /// The undo file to write, and over what.
 #[derive(Debug, Clone, Copy)]
-pub struct Ways<'a> {
+pub struct Delivery<'a> {
     /// Where the merged model goes.
     pub to: To<'a>,
     /// Where the undo file goes.
@@ -33,7 +33,7 @@ pub struct Ways<'a> {
     pub force: bool,
 }
 
-impl Ways<'_> {
+impl Delivery<'_> {
     /// The directory the merged `model` goes to, where there is room for it.
     pub fn dir(&self, model: &Path) -> PathBuf {
         let target = match self.to {
@@ -60,7 +60,7 @@ pub struct Delivered {
     pub undo: Option<UndoSize>,
 }
 
-/// Write `files`, made from `model`, as `ways` says. `accept` gets the first staged part, which
+/// Write `files`, made from `model`, as `how` says. `accept` gets the first staged part, which
 /// opens as the whole model, and may refuse it.
 ///
 /// # Errors
@@ -69,14 +69,11 @@ pub struct Delivered {
 pub fn deliver(
     model: &GgufSet,
     files: Vec<GgufWriter<'_>>,
-    ways: Ways<'_>,
+    how: Delivery<'_>,
     accept: impl FnOnce(&Path) -> Result<(), Error>,
 ) -> Result<Delivered, Error> {
-    let (targets, mode) = match ways.to {
-        To::File(out) => (
-            part_paths(out, files.len()),
-            Mode::New { force: ways.force },
-        ),
+    let (targets, mode) = match how.to {
+        To::File(out) => (part_paths(out, files.len()), Mode::New { force: how.force }),
         To::InPlace => {
             let parts = model.parts().iter();
             let paths = parts.map(|p| p.path().to_owned()).take(files.len());
@@ -84,7 +81,7 @@ pub fn deliver(
         }
     };
     // Asked now, not after the hours that a large merge takes.
-    if let Some(path) = ways.undo.filter(|p| !ways.force && p.exists()) {
+    if let Some(path) = how.undo.filter(|p| !how.force && p.exists()) {
         return Err(AtomicError::Exists {
             path: path.to_owned(),
         }
@@ -96,13 +93,13 @@ pub fn deliver(
         file_len += staging.write(no, |out| Ok(file.write_to(out)?))?;
     }
     accept(&staging.path(0))?;
-    let undo = match ways.undo {
+    let undo = match how.undo {
         None => None,
         Some(path) => {
             let staged = (0..targets.len()).map(|no| Gguf::open(staging.path(no)));
             let staged: Vec<Gguf> = staged.collect::<Result<_, _>>()?;
             let about = about(model.parts(), &staged)?;
-            let size = undo::write(model.parts(), &staged, &about, path, ways.force)?;
+            let size = undo::write(model.parts(), &staged, &about, path, how.force)?;
             Some(size)
         }
     };

@@ -5,6 +5,7 @@ pub mod decide;
 pub mod deliver;
 pub mod delta;
 mod descent;
+pub mod diff;
 pub mod error;
 pub mod factor;
 pub mod feedback;

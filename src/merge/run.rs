@@ -1,7 +1,7 @@
 //! The same-grid merge from files to a file: calibrate → fit → write → accept → put in place.
 
 use super::calibration::Calibration;
-use super::deliver::{Delivered, Ways, deliver};
+use super::deliver::{Delivered, Delivery, deliver};
 use super::gate::{GateConfig, GateError, Verdict, gate};
 use super::imatrix::Imatrix;
 use super::moments::{MomentsConfig, Sources, capture};
@@ -67,7 +67,7 @@ pub struct Job<'a> {
     /// Put the file in place although it fails.
     pub keep_failed: bool,
     /// Where it goes.
-    pub ways: Ways<'a>,
+    pub delivery: Delivery<'a>,
     /// What the files look like.
     pub form: Form,
     /// Samples are cut to this many tokens.
@@ -208,7 +208,7 @@ fn fit_all(
     report: &mut Report,
     ui: &mut dyn Ui,
 ) -> Result<Fitted, Error> {
-    let scratch = job.ways.dir(job.model);
+    let scratch = job.delivery.dir(job.model);
     let calibration = calibrate(job, patches, &scratch, ui)?;
     report.calibration = Some(calibration.name());
     report.held_out = calibration.holds_out();
@@ -250,7 +250,7 @@ fn put(
     ui: &mut dyn Ui,
 ) -> Result<(), Error> {
     let verdict = &mut report.verdict;
-    report.delivered = deliver(weights.set(), files, job.ways, |staged| {
+    report.delivered = deliver(weights.set(), files, job.delivery, |staged| {
         let Some(config) = &job.gate else {
             return Ok(());
         };
@@ -264,7 +264,7 @@ fn put(
     if !residues.is_empty() {
         let merged = &report.delivered.files[0];
         let path = merged.with_extension("residue.gguf");
-        residue_of(residues, merged)?.save(&path, job.ways.force)?;
+        residue_of(residues, merged)?.save(&path, job.delivery.force)?;
         report.residue = Some(path);
     }
     Ok(())
@@ -275,7 +275,7 @@ fn open_patches(job: &Job<'_>) -> Result<Vec<(Patch, f32)>, Error> {
     job.specs
         .iter()
         .map(|&(path, scale)| {
-            let patch = Patch::open(path)?;
+            let patch = Patch::open_any(path, &weights)?;
             patch.check_shapes(&weights)?;
             patch.check_base(&weights)?;
             Ok((patch, scale))

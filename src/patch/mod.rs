@@ -7,6 +7,7 @@
 
 mod error;
 mod info;
+pub mod peft;
 
 pub use error::PatchError;
 pub use info::{Base, FORMAT, Info, TensorInfo};
@@ -187,6 +188,18 @@ impl Patch {
             updates,
             path: path.to_owned(),
         })
+    }
+
+    /// Read an adapter of either kind: a GGUF, or what PEFT saves ([`peft::is_peft`]).
+    ///
+    /// # Errors
+    /// As [`open`](Self::open) or [`peft::open`].
+    pub fn open_any(path: &Path, model: &Weights) -> Result<Self, Error> {
+        if peft::is_peft(path) {
+            peft::open(path, model)
+        } else {
+            Self::open(path)
+        }
     }
 
     /// Whether architecture and every shape fit `model`.

@@ -6,6 +6,7 @@ use super::fault::point;
 use super::prev::keep;
 use super::{FileId, ReplaceError, exists, lock, parent, put, remove, staging_dir, sync_dir};
 use crate::digest::of_file;
+use crate::gguf::SplitName;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::Write;
@@ -26,7 +27,6 @@ pub(super) struct Journal {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Entry {
     /// File name of the target and of the staged file.
     name: String,
@@ -143,14 +143,14 @@ fn is(path: &Path, id: FileId) -> bool {
         && of_file(path).is_ok_and(|digest| digest == id.digest)
 }
 
-/// Whether a commit on the model at `path` (any part) was interrupted: some parts may be new and
-/// others old.
+/// Whether a commit on the split model at `path` (any part) was interrupted: some parts may be
+/// new and others old. A single file is one or the other.
 ///
 /// # Errors
 /// [`ReplaceError::Pending`].
 pub fn pending(path: &Path) -> Result<(), ReplaceError> {
     let dir = staging_dir(path)?;
-    if self::path(&dir).exists() {
+    if SplitName::parse(path).is_some() && self::path(&dir).exists() {
         return Err(ReplaceError::Pending {
             path: path.to_owned(),
         });

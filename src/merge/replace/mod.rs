@@ -30,9 +30,9 @@ use error::failed;
 use fault::point;
 use journal::{Journal, complete};
 use sha2::{Digest as _, Sha256};
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, Metadata, Permissions, TryLockError};
 use std::io::{self, BufWriter, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 const BUFFER_BYTES: usize = 1 << 20;
@@ -170,17 +170,17 @@ impl Staging {
         write: impl FnOnce(&mut dyn Write) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let path = self.path(no);
-        let mode = match fs::symlink_metadata(&self.targets[no]) {
-            Ok(old) if old.is_file() => old.permissions().mode() & 0o777,
-            _ => 0o666, // less the umask
-        };
         point();
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(mode)
-            .open(&path)
-            .map_err(failed(&path, "creating"))?;
+        let file = File::create_new(&path).map_err(failed(&path, "creating"))?;
+        // A replaced file keeps its mode.
+        if let Some(old) = fs::symlink_metadata(&self.targets[no])
+            .ok()
+            .filter(Metadata::is_file)
+        {
+            let mode = Permissions::from_mode(old.permissions().mode() & 0o777);
+            file.set_permissions(mode)
+                .map_err(failed(&path, "setting the mode"))?;
+        }
         let mut out = Output {
             inner: BufWriter::with_capacity(BUFFER_BYTES, Killable(&file)),
             hash: Sha256::new(),

@@ -26,8 +26,13 @@ pub(super) fn write(
         doing: "writing",
         source,
     };
-    // The body's length stands before it, and a stream cannot go back.
-    let mut body = tempfile::tempfile().map_err(failed)?;
+    // The body's length stands before it, and a stream cannot go back. Beside the undo file,
+    // where there is room for it, not in a /tmp that may be memory.
+    let dir = match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    };
+    let mut body = tempfile::tempfile_in(dir).map_err(failed)?;
     let mut blocks = BlockWriter::new(ZlibEncoder::new(
         io::BufWriter::new(&body),
         Compression::default(),
