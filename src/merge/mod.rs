@@ -1,5 +1,6 @@
 //! Patches merged into the model's own weights.
 
+pub mod decide;
 pub mod delta;
 mod descent;
 pub mod error;
@@ -7,4 +8,5 @@ pub mod factor;
 pub mod feedback;
 pub mod grid;
 pub mod measure;
+pub mod promote;
 pub mod rewrite;
