@@ -17,11 +17,13 @@ use nepenthe::ggml::{
     Batch, Context, ContextOptions, DecodeError, Hook, Model, NodeView, quantize, sys,
 };
 use nepenthe::gguf::GgmlType;
+use nepenthe::merge::decide::larger;
 use nepenthe::merge::delta::Delta;
 use nepenthe::merge::factor::{Factor, mix};
 use nepenthe::merge::feedback::{Search, round_rows};
 use nepenthe::merge::grid::Grid;
 use nepenthe::merge::measure::{Measured, Merged, Moments, measure};
+use nepenthe::merge::promote::promote_rows;
 use nepenthe::model::OpenModel;
 use nepenthe::patch::Patch;
 use nepenthe::rng::SplitMix64;
@@ -63,6 +65,9 @@ struct Args {
     /// Passes over pairs of codes after the last of these
     #[arg(long, default_value_t = 0)]
     pair_passes: usize,
+    /// Also fresh scales with feedback, and promotion to the next larger type
+    #[arg(long)]
+    promote: bool,
     /// Tokens of WikiText-2
     #[arg(long, default_value_t = 12_288)]
     wiki_tokens: usize,
@@ -323,6 +328,9 @@ fn main() -> Result<()> {
     if args.pair_passes > 0 {
         print!(" + {} pair passes |", args.pair_passes);
     }
+    if args.promote {
+        print!(" fresh scales + feedback | promoted | promoted + feedback |");
+    }
     println!(" codes changed | factor s | feedback s | last s |");
     for (i, t) in targets.iter().enumerate() {
         let (n_in, n_out) = (t.n_in, t.n_out);
@@ -361,10 +369,10 @@ fn main() -> Result<()> {
             let mut delta = Delta::new(n_in, n_out);
             delta.push(a, b, rank, scale)?;
             let update = |r: usize, row: &mut [f32]| delta.add_row(r, row);
-            let judge = |after: &[u8]| {
+            let judge = |after: (GgmlType, &[u8])| {
                 let merged = Merged {
                     before: (t.ty, base),
-                    after: (t.ty, after),
+                    after,
                     n_in,
                     update: &update,
                 };
@@ -378,11 +386,14 @@ fn main() -> Result<()> {
                     pair_passes,
                 };
                 let done = round_rows(&grid, &mut bytes, &update, factor, search)?;
-                Ok((judge(&bytes)?, done, timer.elapsed().as_secs_f64()))
+                Ok((judge((t.ty, &bytes))?, done, timer.elapsed().as_secs_f64()))
             };
             let target: Vec<f32> = w.iter().zip(&full).map(|(w, d)| w + scale * d).collect();
-            let fresh = judge(&quantize(t.ty.id(), &target, n_in, None)?)?;
-            let weighted = judge(&quantize(t.ty.id(), &target, n_in, Some(&importance))?)?;
+            let fresh = judge((t.ty, &quantize(t.ty.id(), &target, n_in, None)?))?;
+            let weighted = judge((
+                t.ty,
+                &quantize(t.ty.id(), &target, n_in, Some(&importance))?,
+            ))?;
             let (plain, ..) = round(None, 0, 0)?;
             let (swept, mut done, swept_s) = round(Some(&factor), 0, 0)?;
             print!("| {} {} | {percent} |", t.name, t.ty.file_name());
@@ -396,6 +407,23 @@ fn main() -> Result<()> {
                 let (m, d, s) = round(Some(&factor), passes, pair_passes)?;
                 print!(" {} |", cell(&m));
                 (done, last_s) = (d, s);
+            }
+            if args.promote {
+                let larger = larger(t.ty, n_in).ok_or("no larger type")?;
+                for (to, f) in [
+                    (t.ty, Some(&factor)),
+                    (larger, None),
+                    (larger, Some(&factor)),
+                ] {
+                    let search = Search {
+                        passes: last,
+                        pair_passes: 0,
+                    };
+                    let from = (t.ty, base);
+                    let fresh = Some(&importance[..]);
+                    let (after, _) = promote_rows(from, to, n_in, &update, fresh, f, search)?;
+                    print!(" {} |", cell(&judge((to, &after))?));
+                }
             }
             println!(
                 " {:.2}% | {factor_s:.2} | {swept_s:.2} | {last_s:.2} |",

@@ -10,7 +10,7 @@ use nepenthe::graph::weights::Weights;
 use nepenthe::merge::deliver::{Delivered, Delivery, To, deliver, revert};
 use nepenthe::merge::diff::diff;
 use nepenthe::merge::replace::{part_paths, prev_of};
-use nepenthe::merge::rewrite::{OutType, rewrite};
+use nepenthe::merge::rewrite::{Form, OutType, rewrite};
 use nepenthe::patch::{Patch, Update};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -108,7 +108,7 @@ fn merge(
 ) -> Result<Delivered, Error> {
     let model = Weights::open(model)?;
     let patches = [(patch.clone(), 1.0)];
-    let plan = rewrite(&model, &patches, ty, join)?;
+    let plan = rewrite(&model, &patches, ty, Form { join, record: true })?;
     let how = Delivery {
         to,
         undo: Some(undo),
@@ -211,7 +211,16 @@ fn what_is_not_accepted_leaves_nothing() {
     let patches = [(lora(&at("p.gguf"), 0..1, 0.3), 1.0)];
     let before = digests(&parts);
     let model = Weights::open(&parts[0]).expect("good");
-    let plan = rewrite(&model, &patches, OutType::Keep, false).expect("fits");
+    let plan = rewrite(
+        &model,
+        &patches,
+        OutType::Keep,
+        Form {
+            join: false,
+            record: true,
+        },
+    )
+    .expect("fits");
     let undo = at("undo");
     let how = Delivery {
         to: To::InPlace,

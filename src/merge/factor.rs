@@ -23,6 +23,8 @@ pub struct Factor {
     pub(super) unit: Vec<f32>,
     /// D [n_in].
     pub(super) d: Vec<f32>,
+    /// Largest |H_jk| beside the diagonal, per row [n_in].
+    pub(super) coupling: Vec<f32>,
 }
 
 impl Factor {
@@ -72,8 +74,17 @@ impl Factor {
                 row[k] = (a[(last - j, last - k)] / diagonal[k]) as f32;
             }
         }
+        let coupling = kept
+            .chunks_exact(n_in.max(1))
+            .enumerate()
+            .map(|(j, row)| {
+                let beside = row.iter().enumerate().filter(|(k, _)| *k != j);
+                beside.fold(0f32, |m, (_, h)| m.max(h.abs()))
+            })
+            .collect();
         Ok(Self {
             n_in,
+            coupling,
             h: kept,
             unit,
             d: diagonal.iter().map(|d| (d * d) as f32).collect(),

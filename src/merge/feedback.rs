@@ -12,7 +12,7 @@
 //! is the same for any number of threads. About 4·n_in² flops a row, nearly all in products of
 //! matrices.
 
-use super::descent::descend;
+use super::descent::Row;
 use super::error::RoundError;
 use super::factor::Factor;
 use super::grid::{Cells, Grid};
@@ -316,20 +316,16 @@ impl Tile {
 
     fn descend(&mut self, grid: &Grid, f: &Factor, search: Search) -> (usize, f64) {
         let (n, mut moves, mut gain) = (self.n, 0, 0.0);
-        for r in 0..self.n_rows() {
-            let row = r * n..(r + 1) * n;
-            let (m, g) = descend(
-                grid,
-                &self.cells,
-                r * n,
-                &mut self.code[row.clone()],
-                &mut self.value[row.clone()],
-                &mut self.gradient[row],
-                f,
-                search,
-            );
-            moves += m;
-            gain += g;
+        let rows = self.code.chunks_exact_mut(n).zip(
+            self.value
+                .chunks_exact_mut(n)
+                .zip(self.gradient.chunks_exact_mut(n)),
+        );
+        for (r, (code, (value, gradient))) in rows.enumerate() {
+            let mut row = Row::new(grid, &self.cells, r * n, f, code, value, gradient);
+            row.descend(search);
+            moves += row.n_moves;
+            gain += row.gain;
         }
         (moves, gain)
     }

@@ -128,6 +128,13 @@ fn sweep_only() -> Search {
     }
 }
 
+fn with_pairs() -> Search {
+    Search {
+        passes: 20,
+        pair_passes: 20,
+    }
+}
+
 /// GPTQ as its paper writes it: the inverse, its upper Cholesky factor, one column at a time.
 fn gptq(case: &Case, h: &[f32]) -> Vec<u8> {
     let n = case.grid.n_in();
@@ -211,7 +218,7 @@ fn the_reported_loss_is_the_loss() {
     let factor = Factor::new(&h, N, 0.01).unwrap();
     for ty in TYPES {
         let case = Case::new(ty, N, 5, 0.01, 6);
-        for search in [sweep_only(), Search::default()] {
+        for search in [sweep_only(), Search::default(), with_pairs()] {
             let (bytes, done) = case.round(Some(&factor), search);
             let wanted: f64 = case.losses(&bytes, factor.moments()).iter().sum();
             let off = (done.loss - wanted).abs();
@@ -232,10 +239,10 @@ fn no_row_is_worse_than_plain_rounding_and_every_pass_lowers_the_loss() {
         let case = Case::new(ty, N, ROWS, 0.01, 7);
         let (plain, _) = case.round(None, sweep_only());
         let mut above = case.losses(&plain, factor.moments());
-        for passes in [0, 1, 4] {
+        for (passes, pair_passes) in [(0, 0), (1, 0), (20, 0), (20, 20)] {
             let search = Search {
                 passes,
-                pair_passes: 0,
+                pair_passes,
             };
             let (bytes, _) = case.round(Some(&factor), search);
             let losses = case.losses(&bytes, factor.moments());
@@ -261,6 +268,51 @@ fn feedback_keeps_an_update_that_plain_rounding_loses() {
     let descended = sum(&case.round(Some(&factor), Search::default()).0);
     assert!(swept < 0.25 * plain, "{swept} {plain}");
     assert!(descended < 0.9 * swept, "{descended} {swept}");
+}
+
+#[test]
+fn no_single_code_and_no_pair_of_steps_helps_any_more() {
+    let n = 64;
+    let factor = Factor::new(&moments(n, &mut SplitMix64(12)), n, 0.01).unwrap();
+    for ty in [GgmlType::Q4_0, GgmlType::Q5_1, GgmlType::Q8_0] {
+        let case = Case::new(ty, n, 4, 0.05, 13);
+        let (bytes, _) = case.round(Some(&factor), with_pairs());
+        let mut cells = Cells::default();
+        case.grid.decode(&bytes, &mut cells).unwrap();
+        let h = |i: usize, j: usize| f64::from(factor.moments()[i * n + j]);
+        for r in 0..4 {
+            let at = |i: usize| r * n + i;
+            let e: Vec<f64> = (0..n)
+                .map(|i| f64::from(case.values[at(i)] + case.delta[at(i)] - cells.value[at(i)]))
+                .collect();
+            let g: Vec<f64> = (0..n)
+                .map(|i| (0..n).map(|j| h(i, j) * e[j]).sum())
+                .collect();
+            let loss: f64 = e.iter().zip(&g).map(|(e, g)| e * g).sum();
+            // Every step the grid has, as the change of value it makes.
+            let steps: Vec<(usize, f64)> = (0..n)
+                .flat_map(|i| [(i, 1.0), (i, -1.0)])
+                .filter_map(|(i, sign)| {
+                    let v = cells.value[at(i)];
+                    let (q, to) = case
+                        .grid
+                        .nearest(&cells, at(i), v + sign * cells.step[at(i)]);
+                    (q != cells.code[at(i)]).then(|| (i, f64::from(to - v)))
+                })
+                .collect();
+            for &(i, a) in &steps {
+                let single = a * a * h(i, i) - 2.0 * a * g[i];
+                assert!(single > -1e-3 * loss, "{ty} row {r}: {i}");
+                for &(j, b) in steps.iter().filter(|s| s.0 != i) {
+                    let pair = single + b * b * h(j, j) - 2.0 * b * g[j] + 2.0 * a * b * h(i, j);
+                    assert!(
+                        pair > -1e-3 * loss,
+                        "{ty} row {r}: {i} and {j}: {pair} of {loss}"
+                    );
+                }
+            }
+        }
+    }
 }
 
 #[test]
