@@ -247,8 +247,9 @@ impl Patch {
             return Ok(());
         };
         let set = model.set();
-        // The tensors alone first: cheaper than the file, and enough.
-        let mut differ = None;
+        // The tensors alone first: cheaper than the file, and enough. What a merge left out fits
+        // its merged file alone and names no tensors.
+        let mut differ = info.tensors.is_empty().then(|| "the file".to_owned());
         for t in &info.tensors {
             if of_tensor(set, &t.name)? != Some(t.digest) {
                 differ = Some(t.name.clone());
