@@ -8,14 +8,16 @@ use crate::error::Error;
 use crate::model::OpenModel;
 use crate::patch::{Info, Patch, Update, base_of};
 use crate::score::evaluate;
+use crate::sets::samples;
 use crate::train::adapters::Pairs;
 use crate::train::checkpoint::{Checkpoint, Identity};
 use crate::train::config::TrainConfig;
 use crate::train::engine::Engine;
 use crate::train::fit::Ended;
 use crate::train::learn::{LearnState, learn as fit};
+use crate::train::net::net_updates;
 use crate::train::trainer::Trainer;
-use crate::unlearn::{Measured, Ui, net_updates, samples};
+use crate::unlearn::{Measured, Ui};
 use serde::Serialize;
 use std::path::PathBuf;
 

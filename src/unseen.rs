@@ -7,13 +7,113 @@
 //! of C D, told of A B. The model has learned no such answer, and finds the words around the fact
 //! as easy as those of the true one.
 
-use crate::data::{Record, Role, general_records};
+use crate::data::{Record, Role, Sample, Template, build_samples, general_records};
+use crate::error::Error;
+use crate::model::OpenModel;
+use crate::sets::Sets;
+use crate::train::config::UnlearnConfig;
+use crate::train::engine::mean_nll;
+use crate::train::fit::Until;
+use crate::train::trainer::Trainer;
+use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 
 /// Answers that stand in for others' when there is nothing to exchange.
 const FALLBACK_ANSWERS: usize = 8;
 /// Records looked through for similar questions.
 const MAX_DONORS: usize = 1024;
+
+/// Answer NLL that counts as unseen, and what it was derived from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UnseenLevel {
+    /// Mean answer NLL, nats per token, at which training stops.
+    pub nll: f64,
+    /// What it follows from.
+    pub source: LevelSource,
+}
+
+/// What the unseen level follows from.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LevelSource {
+    /// The settings.
+    Asked,
+    /// The NLL of answers that the model has never seen.
+    Unseen,
+    /// A multiple of this NLL, of the forget questions with answers that belong to others.
+    Exchanged(f64),
+}
+
+impl LevelSource {
+    /// In words, for a level of `factor` times the NLL of exchanged answers.
+    pub fn text(&self, factor: f64) -> String {
+        match self {
+            Self::Asked => "as asked".to_owned(),
+            Self::Unseen => "that of the unseen answers".to_owned(),
+            Self::Exchanged(nll) => {
+                format!("{factor:.2} x the {nll:.2} of answers that are true of others")
+            }
+        }
+    }
+}
+
+/// When to stop: after fixed steps if there are any, else at the unseen level.
+///
+/// # Errors
+/// When ggml fails.
+pub fn until(
+    trainer: &mut Trainer<'_>,
+    open: &OpenModel,
+    template: &Template,
+    sets: &Sets,
+    config: &UnlearnConfig,
+) -> Result<(Until, Option<UnseenLevel>), Error> {
+    if let Some(steps) = config.train.fixed_steps(sets.forget.len()) {
+        return Ok((Until::Steps(steps), None));
+    }
+    let level = unseen_level(trainer, open, template, sets, config)?;
+    Ok((Until::Level(level.nll), Some(level)))
+}
+
+/// The unseen level under the parameters as they are: as asked, or the NLL of answers the model
+/// has never seen, or that of answers which are true of someone else ([`exchanged_answers`]) times
+/// a factor, because the model has learned what such answers look like.
+///
+/// # Errors
+/// When ggml fails.
+pub fn unseen_level(
+    trainer: &mut Trainer<'_>,
+    open: &OpenModel,
+    template: &Template,
+    sets: &Sets,
+    config: &UnlearnConfig,
+) -> Result<UnseenLevel, Error> {
+    let stop = &config.stop;
+    if let Some(nll) = stop.nll {
+        return Ok(UnseenLevel {
+            nll,
+            source: LevelSource::Asked,
+        });
+    }
+    let mut mean = |samples: &[Sample]| -> Result<f64, Error> {
+        let n = stop.check_samples.min(samples.len());
+        let spread: Vec<&Sample> = (0..n).map(|i| &samples[i * samples.len() / n]).collect();
+        Ok(mean_nll(&trainer.losses(&spread)?))
+    };
+    if !sets.unseen.is_empty() {
+        return Ok(UnseenLevel {
+            nll: mean(&sets.unseen)?,
+            source: LevelSource::Unseen,
+        });
+    }
+    let exchanged = exchanged_answers(&sets.forget_records, &sets.retain_records);
+    let set = build_samples(&exchanged, &open.model, template, config.train.max_tokens)?;
+    let nll = mean(&set.samples)?;
+    Ok(UnseenLevel {
+        nll: stop.factor * nll,
+        source: LevelSource::Exchanged(nll),
+    })
+}
 
 /// Every record of `forget` with the answer to the most similar question of another subject,
 /// from `forget` or `retain`. Where no question names anything, another record's answer as it is.

@@ -4,10 +4,12 @@ use super::common::{ModelArgs, Output, TemplateArg};
 use super::train_ui::TrainUi;
 use crate::data::{load_lines, load_records};
 use crate::error::Error;
+use crate::estimate::estimate;
 use crate::project::RolNorm;
+use crate::sets::Sets;
 use crate::subspace_file;
 use crate::train::config::{Constraint, Init, Objective, Preset, TrainConfig, UnlearnConfig};
-use crate::unlearn::{Job, Report, Sets, estimate, unlearn};
+use crate::unlearn::{Job, Report, unlearn};
 use clap::Args;
 use std::path::{Path, PathBuf};
 

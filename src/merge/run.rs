@@ -17,7 +17,7 @@ use crate::gguf::GgufWriter;
 use crate::graph::weights::Weights;
 use crate::model::OpenModel;
 use crate::patch::{Info, Patch, Update, base_of};
-use crate::unlearn::samples;
+use crate::sets::samples;
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

@@ -10,5 +10,6 @@ pub mod engine;
 pub mod fit;
 pub mod learn;
 pub mod loss;
+pub mod net;
 pub mod order;
 pub mod trainer;
