@@ -79,10 +79,17 @@ pub fn dequantize(ty: u32, bytes: &[u8], out: &mut [f32]) -> Result<(), QuantErr
     Ok(())
 }
 
+/// What ggml makes of activations only: it has a row encoder, but `ggml_quantize_chunk` ends the
+/// process when asked for it.
+const Q8_1: ggml_type = 9;
+
 /// Whether [`quantize`] can write `ty` without an imatrix.
 pub fn can_encode(ty: u32) -> bool {
     if ty == ggml_sys::GGML_TYPE_F32 {
         return true;
+    }
+    if ty == Q8_1 {
+        return false;
     }
     // SAFETY: `row_bytes` answers for known type numbers only; the table is static.
     row_bytes(ty, 256).is_some()
@@ -141,7 +148,7 @@ pub fn quantize(
                 .is_some(),
         )
     };
-    if !has || (needs && imatrix.is_none()) {
+    if !has || ty == Q8_1 || (needs && imatrix.is_none()) {
         return Err(unsupported);
     }
     let n_rows = rows.len() / n_per_row;
