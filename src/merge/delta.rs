@@ -75,7 +75,7 @@ impl<'a> Delta<'a> {
         self.n_out
     }
 
-    /// Adds row `row` of ΔW to `values` [n_in].
+    /// Adds row `row` of ΔW to `values` \[n_in\].
     pub fn add_row(&self, row: usize, values: &mut [f32]) {
         for t in &self.terms {
             let b = &t.lora_b[row * t.rank..(row + 1) * t.rank];
