@@ -47,6 +47,9 @@ struct Args {
     /// Where tofu/ and wikitext2/ are
     #[arg(long)]
     data: Option<PathBuf>,
+    /// Keep the moments here, or take them from here
+    #[arg(long)]
+    moments: Option<PathBuf>,
     /// Block of the tensors; the first from here on that has the type
     #[arg(long, default_value_t = 8)]
     block: usize,
@@ -92,11 +95,49 @@ struct Sums {
     n_tokens: usize,
 }
 
+impl Sums {
+    /// Mean x·xᵀ of target `i`.
+    fn mean(&self, i: usize) -> Vec<f32> {
+        let scale = 1.0 / self.n_tokens.max(1) as f64;
+        self.h[i].iter().map(|v| (v * scale) as f32).collect()
+    }
+
+    fn write(all: &[Self; 4], path: &Path) -> Result<()> {
+        let mut out = Vec::new();
+        for sums in all {
+            out.extend((sums.n_tokens as f64).to_le_bytes());
+            out.extend(sums.h.iter().flatten().flat_map(|v| v.to_le_bytes()));
+        }
+        Ok(std::fs::write(path, out)?)
+    }
+
+    fn read(path: &Path, targets: &[Target]) -> Result<[Self; 4]> {
+        let bytes = std::fs::read(path)?;
+        let wanted: usize = targets.iter().map(|t| t.n_in * t.n_in).sum();
+        if bytes.len() != 4 * 8 * (1 + wanted) {
+            return Err(format!("{}: moments of other tensors", path.display()).into());
+        }
+        let mut values = bytes
+            .chunks_exact(8)
+            .map(|b| f64::from_le_bytes(b.try_into().expect("eight bytes")));
+        let mut next = || {
+            let n_tokens = values.next().expect("length checked") as usize;
+            let h = targets
+                .iter()
+                .map(|t| values.by_ref().take(t.n_in * t.n_in).collect())
+                .collect();
+            Self { h, n_tokens }
+        };
+        Ok([next(), next(), next(), next()])
+    }
+}
+
 struct Watch {
     index: HashMap<String, usize>,
     widths: Vec<usize>,
     h: Vec<Vec<f64>>,
     values: Vec<f32>,
+    n_seen: usize,
 }
 
 struct Watcher(Arc<Mutex<Watch>>);
@@ -114,6 +155,7 @@ impl Hook for Watcher {
         let Some(&i) = node.src_name(0).and_then(|n| watch.index.get(&n)) else {
             return true;
         };
+        watch.n_seen += 1;
         if node.read_src(1, &mut watch.values).is_ok() {
             let n = watch.widths[i];
             // The first token of every batch is BOS, of huge activations and no meaning.
@@ -134,6 +176,12 @@ impl Hook for Watcher {
         }
         true
     }
+
+    /// Nothing of interest follows the last target.
+    fn abort(&mut self) -> bool {
+        let watch = self.0.lock().expect("one thread");
+        watch.n_seen == watch.widths.len()
+    }
 }
 
 fn capture(model: &Model, targets: &[Target], texts: &[Vec<i32>]) -> Result<Sums> {
@@ -146,6 +194,7 @@ fn capture(model: &Model, targets: &[Target], texts: &[Vec<i32>]) -> Result<Sums
         widths: targets.iter().map(|t| t.n_in).collect(),
         h: targets.iter().map(|t| vec![0.0; t.n_in * t.n_in]).collect(),
         values: Vec::new(),
+        n_seen: 0,
     }));
     let longest = texts.iter().map(Vec::len).max().unwrap_or(1).max(64) as u32;
     let options = ContextOptions {
@@ -163,6 +212,7 @@ fn capture(model: &Model, targets: &[Target], texts: &[Vec<i32>]) -> Result<Sums
             batch.push(token, pos as i32, 0, true);
         }
         context.clear();
+        watch.lock().expect("one thread").n_seen = 0;
         match context.decode(&mut batch) {
             Ok(()) | Err(DecodeError::Aborted) => {}
             Err(e) => return Err(e.into()),
@@ -221,9 +271,26 @@ fn prose(model: &Model, path: &Path, n_tokens: usize) -> Result<Vec<Vec<i32>>> {
         .collect())
 }
 
-fn to_f32(h: &[f64], n_tokens: usize) -> Vec<f32> {
-    let scale = 1.0 / n_tokens.max(1) as f64;
-    h.iter().map(|v| (v * scale) as f32).collect()
+/// Moments of forget and retain inputs, each of calibration and held-out texts.
+fn moments(
+    model: &Model,
+    targets: &[Target],
+    data: &Path,
+    wiki_tokens: usize,
+) -> Result<[Sums; 4]> {
+    let tofu = data.join("tofu");
+    let forget = split(questions(model, &tofu.join("forget01.json"), 40)?);
+    let mut retain = split(questions(model, &tofu.join("retain90.json"), 160)?);
+    let wiki = data.join("wikitext2/wiki.test.raw");
+    let wiki = split(prose(model, &wiki, wiki_tokens)?);
+    retain.0.extend(wiki.0);
+    retain.1.extend(wiki.1);
+    Ok([
+        capture(model, targets, &forget.0)?,
+        capture(model, targets, &forget.1)?,
+        capture(model, targets, &retain.0)?,
+        capture(model, targets, &retain.1)?,
+    ])
 }
 
 /// lora_a [n_in, RANK] with covariance `h`, lora_b [RANK, n_out] white.
@@ -293,27 +360,23 @@ fn main() -> Result<()> {
     }
 
     let start = Instant::now();
-    let tofu = data.join("tofu");
-    let forget = split(questions(&model, &tofu.join("forget01.json"), 40)?);
-    let mut retain = split(questions(&model, &tofu.join("retain90.json"), 160)?);
-    let wiki = data.join("wikitext2/wiki.test.raw");
-    let wiki = split(prose(&model, &wiki, args.wiki_tokens)?);
-    retain.0.extend(wiki.0);
-    retain.1.extend(wiki.1);
-    let forget = (
-        capture(&model, &targets, &forget.0)?,
-        capture(&model, &targets, &forget.1)?,
-    );
-    let retain = (
-        capture(&model, &targets, &retain.0)?,
-        capture(&model, &targets, &retain.1)?,
-    );
+    let sums = match args.moments.as_deref().filter(|p| p.is_file()) {
+        Some(path) => Sums::read(path, &targets)?,
+        None => {
+            let sums = moments(&model, &targets, &data, args.wiki_tokens)?;
+            if let Some(path) = &args.moments {
+                Sums::write(&sums, path)?;
+            }
+            sums
+        }
+    };
+    let [forget, held_forget, retain, held_retain] = &sums;
     println!(
         "moments of {} + {} forget and {} + {} retain tokens (calibration + held out) in {:.1} s",
-        forget.0.n_tokens,
-        forget.1.n_tokens,
-        retain.0.n_tokens,
-        retain.1.n_tokens,
+        forget.n_tokens,
+        held_forget.n_tokens,
+        retain.n_tokens,
+        held_retain.n_tokens,
         start.elapsed().as_secs_f64()
     );
     println!(
@@ -334,10 +397,10 @@ fn main() -> Result<()> {
     println!(" codes changed | factor s | feedback s | last s |");
     for (i, t) in targets.iter().enumerate() {
         let (n_in, n_out) = (t.n_in, t.n_out);
-        let fit_f = to_f32(&forget.0.h[i], forget.0.n_tokens);
-        let fit_r = to_f32(&retain.0.h[i], retain.0.n_tokens);
-        let held_f = to_f32(&forget.1.h[i], forget.1.n_tokens);
-        let held_r = to_f32(&retain.1.h[i], retain.1.n_tokens);
+        let fit_f = forget.mean(i);
+        let fit_r = retain.mean(i);
+        let held_f = held_forget.mean(i);
+        let held_r = held_retain.mean(i);
         let h = mix(&fit_r, &fit_f, n_in, args.lambda)?;
         let timer = Instant::now();
         let factor = Factor::new(&h, n_in, args.damping)?;

@@ -75,7 +75,7 @@ impl<'a> Delta<'a> {
         self.n_out
     }
 
-    /// All terms as one pair: `lora_a` [n_in, rank], `lora_b` [rank, n_out] with the scales in it,
+    /// All terms as one pair: `lora_a` `[n_in, rank]`, `lora_b` `[rank, n_out]` with the scales in it,
     /// and the rank.
     pub fn factors(&self) -> (Vec<f32>, Vec<f32>, usize) {
         let rank = self.terms.iter().map(|t| t.rank).sum();
@@ -89,7 +89,7 @@ impl<'a> Delta<'a> {
         (lora_a, (0..self.n_out).flat_map(row).collect(), rank)
     }
 
-    /// Adds row `row` of ΔW to `values` [n_in].
+    /// Adds row `row` of ΔW to `values` `[n_in]`.
     pub fn add_row(&self, row: usize, values: &mut [f32]) {
         for t in &self.terms {
             let b = &t.lora_b[row * t.rank..(row + 1) * t.rank];

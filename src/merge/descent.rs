@@ -124,9 +124,9 @@ impl<'a> Row<'a> {
             .collect();
         let longest = steps.iter().fold(0f32, |m, s| m.max(*s));
         let mut moved = 0;
-        for j in 0..n {
+        for (j, &step) in steps.iter().enumerate() {
             for sign in [1.0, -1.0] {
-                let (q, v) = self.nearest(j, self.value[j] + sign * steps[j]);
+                let (q, v) = self.nearest(j, self.value[j] + sign * step);
                 if q == self.code[j] {
                     continue;
                 }

@@ -70,8 +70,8 @@ impl Factor {
         let mut unit = vec![0f32; n_in * n_in];
         for (j, row) in unit.chunks_exact_mut(n_in.max(1)).enumerate() {
             row[j] = 1.0;
-            for k in j + 1..n_in {
-                row[k] = (a[(last - j, last - k)] / diagonal[k]) as f32;
+            for (k, u) in row.iter_mut().enumerate().skip(j + 1) {
+                *u = (a[(last - j, last - k)] / diagonal[k]) as f32;
             }
         }
         let coupling = kept

@@ -4,7 +4,7 @@
 //! Per row, with t = w_q + Δw and errors e = t − ŵ, the loss is e·H·eᵀ. Columns are rounded in
 //! their natural order, each to the code nearest to t_k + Σ_{j<k} e_j·U_jk (see
 //! [`super::factor`]); then coordinate descent changes single codes while that lowers the loss
-//! ([`super::descent`]). A row that plain rounding serves better takes plain rounding as its
+//! (`descent.rs`). A row that plain rounding serves better takes plain rounding as its
 //! start, so the loss is never above plain rounding's. Source: MERGE, after GPTQ (arXiv
 //! 2210.17323) and QuIP (arXiv 2307.13304).
 //!
@@ -73,7 +73,7 @@ impl Rounded {
 }
 
 /// Round W_q + ΔW onto the grid of `bytes`, whole rows of W_q, in place: only code bits change.
-/// `update` adds a row of ΔW (numbered from the first row of `bytes`) to a slice [n_in].
+/// `update` adds a row of ΔW (numbered from the first row of `bytes`) to a slice \[n_in\].
 /// Without `factor` every element takes its nearest code.
 ///
 /// # Errors

@@ -1,3 +1,5 @@
+#![allow(clippy::needless_range_loop, reason = "written as the formulas are")]
+
 use super::*;
 use crate::gguf::GgmlType;
 use crate::merge::delta::Delta;

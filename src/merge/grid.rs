@@ -13,9 +13,9 @@
 //! | F16, BF16, F32 | | | the bit pattern |
 //!
 //! Codes of the symmetric types are signed here: (q - 8)·d is exact in f32 where q·d - 8·d need
-//! not be. Q8_0 is given -127..127 only: ggml's encoders never write -128, and its SIMD dot
-//! products negate codes (`_mm256_sign_epi8`), which -128 has no room for. A -128 that is in the
-//! file already may stay.
+//! not be. Q8_0 is given -127..127 only: ggml's encoders never write -128 (d = max|w|/127), so
+//! kernels, which take |q| in eight bits (`_mm256_sign_epi8`), never meet it; one code of 256 is
+//! not worth finding out what each of them does. A -128 that is in the file already may stay.
 //!
 //! Block layouts follow `ggml-common.h`, values `dequantize_row_*` in `ggml-quants.c` (ggml 0.26).
 

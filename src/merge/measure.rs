@@ -22,7 +22,7 @@ const TILE_ROWS: usize = 64;
 pub enum Moments<'a> {
     /// H [n_in, n_in].
     Full(&'a [f32]),
-    /// Its diagonal [n_in], as an imatrix has it: inputs are taken for uncorrelated.
+    /// Its diagonal \[n_in\], as an imatrix has it: inputs are taken for uncorrelated.
     Diagonal(&'a [f32]),
 }
 
@@ -35,7 +35,7 @@ pub struct Merged<'a> {
     pub after: (GgmlType, &'a [u8]),
     /// Row length.
     pub n_in: usize,
-    /// Adds a row of ΔW to a slice [n_in].
+    /// Adds a row of ΔW to a slice \[n_in\].
     pub update: &'a (dyn Fn(usize, &mut [f32]) + Sync),
 }
 
@@ -215,6 +215,7 @@ fn quadratic(x: &[f32], h: Moments<'_>, n: usize) -> f64 {
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_range_loop, reason = "written as the formulas are")]
 mod tests {
     use super::*;
     use crate::merge::grid::tests::random_blocks;

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 /// Rows encoded at a time.
 const CHUNK_ROWS: usize = 64;
 
-/// Encode whole rows `bytes` of type `from`, with `update` added, as `to`. `importance` [n_in]
+/// Encode whole rows `bytes` of type `from`, with `update` added, as `to`. `importance` \[n_in\]
 /// weighs columns for the encoder (an imatrix, or the diagonal of H); with `factor` codes are
 /// then chosen by [`round_rows`] on the new scales. `to` must have a grid.
 ///
@@ -90,6 +90,7 @@ pub fn promote_rows(
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_range_loop, reason = "written as the formulas are")]
 mod tests {
     use super::*;
     use crate::merge::grid::tests::random_blocks;
