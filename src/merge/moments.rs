@@ -127,6 +127,9 @@ pub enum MomentsError {
     Memory { tensor: String, wanted: u64 },
 }
 
+/// Takes the inputs of one set, `[n_in, n]`.
+pub type Visitor<'a> = dyn FnMut(Set, &[f32]) -> Result<(), Error> + 'a;
+
 /// Inputs of the adapted weights, on disk.
 #[derive(Debug)]
 pub struct Captured {
@@ -207,7 +210,7 @@ impl Captured {
         tensor: &str,
         sets: &[Set],
         part: Part,
-        f: &mut dyn FnMut(Set, &[f32]) -> Result<(), Error>,
+        f: &mut Visitor<'_>,
     ) -> Result<(), Error> {
         self.visit_input(self.input(tensor)?, sets, part, f)
     }
@@ -217,7 +220,7 @@ impl Captured {
         input: &Input,
         sets: &[Set],
         part: Part,
-        f: &mut dyn FnMut(Set, &[f32]) -> Result<(), Error>,
+        f: &mut Visitor<'_>,
     ) -> Result<(), Error> {
         let mut x = Vec::new();
         for (rows, &start) in self.batches.iter().zip(&input.starts) {

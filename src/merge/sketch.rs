@@ -261,7 +261,7 @@ fn one(
         q = orthonormal(times(captured, tensor, both, q.as_ref())?);
     }
     let projected = within(captured, tensor, &[both], q.as_ref())?;
-    let (values, vectors) = eigen_descending(projected[0].0.as_ref())?;
+    let (values, vectors) = eigen_descending(projected[0].c.as_ref())?;
     let v = product_f64(q.as_ref(), vectors.as_ref().subcols(0, rank));
     let columns: Vec<f32> = v
         .col_iter()
@@ -270,8 +270,8 @@ fn one(
     let basis = stored_basis(&columns, n_in)?;
     let v = Mat::from_fn(n_in, rank, |i, j| f64::from(basis[j * n_in + i]));
     let mut halves = Vec::with_capacity(2);
-    for (c, diagonal) in within(captured, tensor, &[forget, kept], v.as_ref())? {
-        halves.push(half(v.as_ref(), c, &diagonal)?);
+    for side in within(captured, tensor, &[forget, kept], v.as_ref())? {
+        halves.push(half(v.as_ref(), &side)?);
     }
     Ok(InputSketch {
         tensors: tensors.to_vec(),
@@ -328,22 +328,33 @@ fn times(
     Ok(sum)
 }
 
-/// VᵀHV (lower triangle) and diag(H) for each H = Σ w·x·xᵀ, in one pass.
+/// What V sees of an H.
+struct Projected {
+    /// VᵀHV [m, m], lower triangle.
+    c: Mat<f64>,
+    /// diag(H) [n_in].
+    diagonal: Vec<f64>,
+}
+
+/// [`Projected`] for each H = Σ w·x·xᵀ, in one pass.
 fn within(
     captured: &Captured,
     tensor: &str,
     weights: &[[f64; 3]],
     v: MatRef<'_, f64>,
-) -> Result<Vec<(Mat<f64>, Vec<f64>)>, Error> {
+) -> Result<Vec<Projected>, Error> {
     let (n, k) = v.shape();
     let v: Vec<f32> = v
         .col_iter()
         .flat_map(|c| c.iter().map(|&v| v as f32))
         .collect();
     let v = MatRef::from_column_major_slice(&v, n, k);
-    let mut sums: Vec<_> = weights
+    let mut sums: Vec<Projected> = weights
         .iter()
-        .map(|_| (Mat::<f64>::zeros(k, k), vec![0f64; n]))
+        .map(|_| Projected {
+            c: Mat::zeros(k, k),
+            diagonal: vec![0.0; n],
+        })
         .collect();
     let mut z = Vec::new();
     captured.visit(tensor, &sets(weights), Part::Fit, &mut |set, x| {
@@ -355,14 +366,14 @@ fn within(
             MatRef::from_column_major_slice(x, n, n_tokens),
         );
         let z = Mat::from_fn(k, n_tokens, |i, j| f64::from(z[j * k + i]));
-        for ((c, diagonal), w) in sums.iter_mut().zip(weights) {
+        for (sum, w) in sums.iter_mut().zip(weights) {
             let w = w[set as usize];
             if w == 0.0 {
                 continue;
             }
-            add_symmetric(c, z.as_ref(), z.as_ref(), w);
+            add_symmetric(&mut sum.c, z.as_ref(), z.as_ref(), w);
             for x in x.chunks_exact(n) {
-                for (d, &x) in diagonal.iter_mut().zip(x) {
+                for (d, &x) in sum.diagonal.iter_mut().zip(x) {
                     *d += w * f64::from(x) * f64::from(x);
                 }
             }
@@ -379,16 +390,16 @@ fn sets(weights: &[[f64; 3]]) -> Vec<Set> {
 
 /// G and d of one side, rounded as the file holds them. A root keeps C positive semi-definite
 /// whatever the rounding; d is never below 0.
-fn half(v: MatRef<'_, f64>, c: Mat<f64>, diagonal: &[f64]) -> Result<Half, Error> {
-    let m = c.nrows();
-    let (values, vectors) = eigen_descending(c.as_ref())?;
+fn half(v: MatRef<'_, f64>, side: &Projected) -> Result<Half, Error> {
+    let m = side.c.nrows();
+    let (values, vectors) = eigen_descending(side.c.as_ref())?;
     let root = Mat::from_fn(m, m, |i, j| {
         f64::from(halved(vectors[(i, j)] * values[j].max(0.0).sqrt()))
     });
     let t = product_f64(v, root.as_ref());
     let rest = (0..v.nrows()).map(|i| {
         let within: f64 = t.row(i).iter().map(|v| v * v).sum();
-        halved((diagonal[i] - within).max(0.0))
+        halved((side.diagonal[i] - within).max(0.0))
     });
     Ok(Half {
         rest: rest.collect(),
