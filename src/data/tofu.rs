@@ -144,7 +144,10 @@ mod tests {
             broken("[\"C\",\"D\"]", "[]"),
             "f.json:2: `perturbed_answer` is empty"
         );
-        assert_eq!(broken("\"B\"", "\" \""), "f.json:2: `paraphrased_answer` is empty");
+        assert_eq!(
+            broken("\"B\"", "\" \""),
+            "f.json:2: `paraphrased_answer` is empty"
+        );
         assert!(load(&ROW.replace("paraphrased_answer", "p"), false).is_ok());
     }
 }

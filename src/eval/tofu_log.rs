@@ -54,7 +54,9 @@ pub enum LogError {
     MissingQuestion { place: String, index: String },
     #[error("{place}: there is no question")]
     EmptySplit { place: String },
-    #[error("{n} forget questions cannot be compared with the {n_retain_log} of the retain model's log")]
+    #[error(
+        "{n} forget questions cannot be compared with the {n_retain_log} of the retain model's log"
+    )]
     ForgetCounts { n: usize, n_retain_log: usize },
     #[error("forget quality cannot be tested")]
     Test { source: KsError },

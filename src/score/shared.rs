@@ -83,21 +83,14 @@ impl Trie {
     }
 
     fn fits(&self, limits: Limits) -> bool {
-        self.nodes.len() <= limits.tokens
-            && self.n_rows <= limits.rows
-            && self.n_seq <= limits.seqs
+        self.nodes.len() <= limits.tokens && self.n_rows <= limits.rows && self.n_seq <= limits.seqs
     }
 
     /// Losses of its samples, in their order.
     fn losses(&self, context: &mut Context) -> Result<Vec<SampleLoss>, Error> {
         let mut batch = Batch::default();
         for node in &self.nodes {
-            batch.push_shared(
-                node.token,
-                node.pos,
-                &node.seqs,
-                !node.targets.is_empty(),
-            );
+            batch.push_shared(node.token, node.pos, &node.seqs, !node.targets.is_empty());
         }
         context.clear();
         context.decode(&mut batch)?;
