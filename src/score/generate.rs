@@ -124,6 +124,14 @@ pub(super) fn generate_watched(
     let mut queue = 0..prompts.len();
     let mut finished = 0;
     context.clear();
+    // What all prompts begin with is computed once, where there is a sequence to hold it.
+    let opening = match context.n_seq_max() > N_PARALLEL {
+        true => common_opening(prompts),
+        false => 0,
+    };
+    if opening > 0 {
+        prefill(context, &prompts[0][..opening], 0, N_PARALLEL as i32)?;
+    }
     loop {
         watch(finished)?;
         for (slot, run) in running.iter_mut().enumerate() {
@@ -131,7 +139,10 @@ pub(super) fn generate_watched(
             while run.is_none() {
                 let Some(prompt) = queue.next() else { break };
                 context.forget(slot as i32, 0);
-                let row = prefill(context, &prompts[prompt], slot as i32)?;
+                if opening > 0 {
+                    context.share(N_PARALLEL as i32, slot as i32);
+                }
+                let row = prefill(context, &prompts[prompt], opening, slot as i32)?;
                 let next = argmax(
                     context
                         .logits(row)
@@ -186,20 +197,31 @@ fn step(
     Some(Running { prompt, pos, next })
 }
 
-/// Decode a prompt into sequence `seq`; the row of its last token's logits.
-fn prefill(context: &mut Context, prompt: &[Token], seq: i32) -> Result<usize, Error> {
+/// Decode a prompt from position `from` on into sequence `seq`, which holds what is before; the row
+/// of its last token's logits.
+fn prefill(context: &mut Context, prompt: &[Token], from: usize, seq: i32) -> Result<usize, Error> {
     let last = prompt.len().saturating_sub(1);
-    let mut row = 0;
-    for (first, piece) in prompt.chunks(context.n_batch()).enumerate() {
+    let (mut row, mut pos) = (0, from);
+    for piece in prompt[from..].chunks(context.n_batch()) {
         let mut batch = Batch::default();
         for (i, &token) in piece.iter().enumerate() {
-            let pos = first * context.n_batch() + i;
             batch.push(token, pos as i32, seq, pos == last);
-            row = i;
+            (row, pos) = (i, pos + 1);
         }
         context.decode(&mut batch)?;
     }
     Ok(row)
+}
+
+/// How many tokens all prompts begin with, the last of each left out: its logits are needed.
+fn common_opening(prompts: &[Vec<Token>]) -> usize {
+    let Some((first, rest)) = prompts.split_first() else {
+        return 0;
+    };
+    let common = |other: &Vec<Token>| first.iter().zip(other).take_while(|(a, b)| a == b).count();
+    rest.iter()
+        .map(|other| common(other).min(other.len().saturating_sub(1)))
+        .fold(first.len().saturating_sub(1), usize::min)
 }
 
 /// The first of the largest values: ties do not depend on the order of threads.
@@ -227,7 +249,7 @@ pub fn generate_streaming(
 ) -> Result<Vec<Token>, Error> {
     context.clear();
     let mut sampler = sampler(sampling, context.model().n_vocab());
-    let mut row = prefill(context, prompt, 0)?;
+    let mut row = prefill(context, prompt, 0, 0)?;
     let mut out = Vec::new();
     for pos in prompt.len().. {
         let logits = context
@@ -250,4 +272,18 @@ pub fn generate_streaming(
         row = 0;
     }
     Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_prompt_keeps_its_last_token() {
+        let prompts = |tokens: &[&[Token]]| tokens.iter().map(|t| t.to_vec()).collect::<Vec<_>>();
+        assert_eq!(common_opening(&prompts(&[&[1, 2, 3], &[1, 2, 4]])), 2);
+        assert_eq!(common_opening(&prompts(&[&[1, 2, 3], &[1, 2]])), 1);
+        assert_eq!(common_opening(&prompts(&[&[1], &[1]])), 0);
+        assert_eq!(common_opening(&[]), 0);
+    }
 }

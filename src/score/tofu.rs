@@ -24,8 +24,8 @@ use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Questions to a block.
-const BLOCK: usize = 64;
+/// Questions to a block: what an interruption may cost.
+const BLOCK: usize = 32;
 /// Answers decoded side by side when their losses are taken.
 const N_ANSWERS: usize = 64;
 
