@@ -1,0 +1,441 @@
+//! One ReGLU training step (4 forget + 4 retain TOFU samples) beside a forward pass alone and
+//! beside the PyTorch reference, interleaved in one run.
+//!
+//! `cargo bench --bench step -- [--model GGUF] [--data DIR] [--torch PYTHON] [--rounds N]`
+//!
+//! Every contender is a process of its own that answers one line per measurement, so that peak
+//! memory is its own and none is measured twice in a row. A peak counts from the end of loading
+//! on and includes the mapped pages of the model file.
+
+use nepenthe::data::{Record, Sample, Template, build_samples, load_records};
+use nepenthe::ggml::{Batch, Context, ContextOptions, Model, ModelOptions};
+use nepenthe::model::OpenModel;
+use nepenthe::train::config::{Constraint, UnlearnConfig};
+use nepenthe::train::engine::Engine;
+use nepenthe::train::trainer::{StepBatch, Trainer};
+use nepenthe::unlearn::{start, subspace_config, subspaces};
+use serde::{Deserialize, Serialize};
+use std::io::{BufRead, BufReader, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Instant;
+
+type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
+
+/// Samples of either set in a step: 526 tokens, 319 of them answers, with Gemma's vocabulary.
+const BATCH: Range<usize> = 16..20;
+const N: usize = BATCH.end - BATCH.start;
+/// The retain authors: the eight before the two to be forgotten.
+const RETAIN_ROWS: Range<usize> = 3800..3960;
+const MAX_TOKENS: usize = 512;
+const TORCH: [(&str, &str); 4] = [
+    ("official", "f32"),
+    ("official", "bf16"),
+    ("tuned", "f32"),
+    ("tuned", "bf16"),
+];
+
+fn main() -> Fallible<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let value = |flag: &str| {
+        let at = args.iter().position(|a| a == flag)?;
+        args.get(at + 1).cloned()
+    };
+    let model = value("--model").map_or_else(default_model, PathBuf::from);
+    let data = value("--data").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data/tofu"),
+        PathBuf::from,
+    );
+    for (path, hint) in [
+        (&model, "models/fetch.sh gets it, --model names another"),
+        (&data, "--data names another folder with TOFU's files"),
+    ] {
+        if !path.exists() {
+            println!("skipped: {} is not at hand ({hint})", path.display());
+            return Ok(());
+        }
+    }
+    if let Some(contender) = value("--contender") {
+        let threads = value("--threads").ok_or("--threads is missing")?.parse()?;
+        return contend(&contender, &model, &data, threads);
+    }
+    let rounds = value("--rounds").map_or(Ok(5), |r| r.parse())?;
+    let bench = Bench {
+        model,
+        data,
+        torch: value("--torch"),
+        rounds,
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut threads = vec![1];
+    if cores > 1 {
+        threads.push(cores);
+    }
+    if let Some(t) = value("--only-threads") {
+        threads = vec![t.parse()?];
+    }
+    threads.into_iter().try_for_each(|t| bench.run(t))
+}
+
+fn default_model() -> PathBuf {
+    let cache = std::env::var_os("NEPENTHE_CACHE").map_or_else(
+        || {
+            let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+            base.unwrap_or_else(|| {
+                PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache")
+            })
+            .join("nepenthe")
+        },
+        PathBuf::from,
+    );
+    cache.join("gemma-3-270m-q4_k_m.gguf")
+}
+
+// ---- the samples ---------------------------------------------------------------------------
+
+struct Sets {
+    forget: Vec<Sample>,
+    retain: Vec<Sample>,
+}
+
+impl Sets {
+    fn load(open: &OpenModel, data: &Path) -> Fallible<Self> {
+        let template = open.template().unwrap_or(Template::None);
+        let samples = |records: &[Record]| -> Fallible<Vec<Sample>> {
+            Ok(build_samples(records, &open.model, &template, MAX_TOKENS)?.samples)
+        };
+        let forget = load_records(&data.join("forget01.json"))?;
+        let full = load_records(&data.join("full.json"))?;
+        Ok(Self {
+            forget: samples(&forget)?,
+            retain: samples(&full[RETAIN_ROWS])?,
+        })
+    }
+
+    fn batch(&self) -> impl Iterator<Item = &Sample> {
+        self.forget[BATCH].iter().chain(&self.retain[BATCH])
+    }
+}
+
+// ---- a contender: one process, one measurement a line --------------------------------------
+
+/// What a measurement gives: seconds, bytes, and losses to see that all compute the same.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+struct Report {
+    wall: f64,
+    cpu: f64,
+    peak: f64,
+    forget: Option<f64>,
+    retain: Option<f64>,
+}
+
+fn contend(contender: &str, model: &Path, data: &Path, n_threads: usize) -> Fallible<()> {
+    match contender {
+        "ours" => ours(model, data, n_threads),
+        "llama" | "llama-repack" => llama(model, data, n_threads, contender == "llama-repack"),
+        other => Err(format!("no contender is called {other}").into()),
+    }
+}
+
+fn ours(model: &Path, data: &Path, n_threads: usize) -> Fallible<()> {
+    let open = OpenModel::open(model, 0)?;
+    let sets = Sets::load(&open, data)?;
+    let config = UnlearnConfig::default();
+    let engine = Engine::new(&open, n_threads, config.train.micro_tokens)?;
+    let adaptable = engine.template.adaptable.clone();
+    let found = subspaces(
+        &open,
+        &adaptable,
+        (&sets.forget, &sets.retain),
+        None,
+        &subspace_config(&config),
+        n_threads,
+        &mut |_, _| {},
+    )?;
+    let pairs = start(&open, &adaptable, found, &config)?;
+    let mut trainer = Trainer::new(engine, pairs)?;
+    let batch = StepBatch {
+        forget: sets.forget[BATCH].iter().collect(),
+        retain: sets.retain[BATCH].iter().collect(),
+        forget_share: 1.0,
+    };
+    let samples: Vec<&Sample> = sets.batch().collect();
+    assert_eq!(config.train.constraint, Constraint::Project);
+    serve(|work| match work {
+        "step" => {
+            let r = trainer.step(&config.train, &batch, config.train.lr)?;
+            Ok((r.forget, r.retain))
+        }
+        _ => {
+            let losses = trainer.losses(&samples)?;
+            let mean = |part: &[nepenthe::train::engine::SampleLoss]| {
+                let n: usize = part.iter().map(|l| l.n_tokens).sum();
+                Some(part.iter().map(|l| l.nll).sum::<f64>() / n as f64)
+            };
+            Ok((mean(&losses[..N]), mean(&losses[N..])))
+        }
+    })
+}
+
+/// llama.cpp's own forward pass over the same samples, logits at the answer rows.
+fn llama(model: &Path, data: &Path, n_threads: usize, repack: bool) -> Fallible<()> {
+    let (samples, model) = {
+        let open = OpenModel::open(model, 0)?;
+        let sets = Sets::load(&open, data)?;
+        let samples: Vec<Sample> = sets.batch().cloned().collect();
+        let options = ModelOptions {
+            repack,
+            ..ModelOptions::default()
+        };
+        (samples, Model::load(model, options)?)
+    };
+    let mut context = Context::new(
+        &model,
+        ContextOptions {
+            n_ctx: 1024,
+            n_batch: 1024,
+            n_seq_max: samples.len() as u32,
+            n_threads,
+            ..ContextOptions::default()
+        },
+    )?;
+    serve(|_| {
+        context.clear();
+        let mut batch = Batch::default();
+        for (seq, s) in samples.iter().enumerate() {
+            for (i, &token) in s.tokens[..s.tokens.len() - 1].iter().enumerate() {
+                let want = s.answers.iter().any(|a| a.contains(&(i + 1)));
+                batch.push(token, i as i32, seq as i32, want);
+            }
+        }
+        context.decode(&mut batch)?;
+        Ok((None, None))
+    })
+}
+
+/// Answer every line of stdin with a measurement of `work`.
+fn serve(mut work: impl FnMut(&str) -> Fallible<(Option<f64>, Option<f64>)>) -> Fallible<()> {
+    // The peak of loading is not the peak of training. Refused by some sandboxes: then it is.
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+    for line in std::io::stdin().lock().lines() {
+        let (began, cpu) = (Instant::now(), cpu_seconds()?);
+        let (forget, retain) = work(line?.trim())?;
+        let report = Report {
+            wall: began.elapsed().as_secs_f64(),
+            cpu: cpu_seconds()? - cpu,
+            peak: peak_bytes()?,
+            forget,
+            retain,
+        };
+        println!("{}", serde_json::to_string(&report)?);
+    }
+    Ok(())
+}
+
+/// User and system time of this process, all threads, to the clock tick.
+fn cpu_seconds() -> Fallible<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    let fields: Vec<&str> = stat
+        .rsplit_once(')')
+        .ok_or("/proc/self/stat has no name")?
+        .1
+        .split_whitespace()
+        .collect();
+    let ticks: f64 = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
+    // Linux reports in USER_HZ, which is 100 on every architecture this runs on.
+    Ok(ticks / 100.0)
+}
+
+fn peak_bytes() -> Fallible<f64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status
+        .lines()
+        .find_map(|l| l.strip_prefix("VmHWM:"))
+        .ok_or("/proc/self/status has no VmHWM")?;
+    let kib: f64 = line.trim().trim_end_matches("kB").trim().parse()?;
+    Ok(kib * 1024.0)
+}
+
+// ---- the race ------------------------------------------------------------------------------
+
+struct Bench {
+    model: PathBuf,
+    data: PathBuf,
+    torch: Option<String>,
+    rounds: usize,
+}
+
+#[derive(Serialize)]
+struct Job<'a> {
+    lr: f32,
+    forget: Vec<JobSample<'a>>,
+    retain: Vec<JobSample<'a>>,
+}
+
+#[derive(Serialize)]
+struct JobSample<'a> {
+    tokens: &'a [i32],
+    answers: Vec<[usize; 2]>,
+}
+
+struct Racer {
+    child: Child,
+    stdin: ChildStdin,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Racer {
+    fn start(command: &mut Command) -> Fallible<Self> {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
+        Ok(Self {
+            child,
+            stdin: stdin.expect("piped"),
+            stdout: BufReader::new(stdout.expect("piped")),
+        })
+    }
+
+    fn measure(&mut self, work: &str) -> Fallible<Report> {
+        writeln!(self.stdin, "{work}")?;
+        let mut line = String::new();
+        self.stdout.read_line(&mut line)?;
+        serde_json::from_str(&line).map_err(|e| format!("a contender answered {line:?}: {e}").into())
+    }
+
+    fn stop(mut self) -> Fallible<()> {
+        drop(self.stdin);
+        self.child.wait()?;
+        Ok(())
+    }
+}
+
+fn median(of: &[Report], what: impl Fn(&Report) -> f64) -> f64 {
+    let mut values: Vec<f64> = of.iter().map(what).collect();
+    values.sort_by(f64::total_cmp);
+    let n = values.len();
+    (values[(n - 1) / 2] + values[n / 2]) / 2.0
+}
+
+fn row(name: &str, reports: &[Report]) {
+    println!(
+        "{name:<24} {:>7.2} {:>7.2} {:>8.0}",
+        median(reports, |r| r.wall),
+        median(reports, |r| r.cpu),
+        reports.iter().map(|r| r.peak).fold(0.0, f64::max) / 1e6,
+    );
+}
+
+impl Bench {
+    fn own(&self, contender: &str, n_threads: usize) -> Fallible<Racer> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command
+            .args(["--contender", contender, "--threads", &n_threads.to_string()])
+            .arg("--model")
+            .arg(&self.model)
+            .arg("--data")
+            .arg(&self.data)
+            .env("RAYON_NUM_THREADS", n_threads.to_string());
+        Racer::start(&mut command)
+    }
+
+    fn write_job(&self, path: &Path) -> Fallible<()> {
+        let open = OpenModel::open(&self.model, 0)?;
+        let sets = Sets::load(&open, &self.data)?;
+        fn part(samples: &[Sample]) -> Vec<JobSample<'_>> {
+            let job = samples[BATCH].iter().map(|s| JobSample {
+                tokens: &s.tokens,
+                answers: s.answers.iter().map(|a| [a.start, a.end]).collect(),
+            });
+            job.collect()
+        }
+        let job = Job {
+            lr: UnlearnConfig::default().train.lr,
+            forget: part(&sets.forget),
+            retain: part(&sets.retain),
+        };
+        std::fs::write(path, serde_json::to_vec(&job)?)?;
+        let tokens: usize = sets.batch().map(|s| s.tokens.len()).sum();
+        let answers: usize = sets.batch().map(Sample::n_answer_tokens).sum();
+        println!("{N} + {N} samples, {tokens} tokens, {answers} of them answers");
+        Ok(())
+    }
+
+    fn run(&self, n_threads: usize) -> Fallible<()> {
+        let work = tempfile::tempdir()?;
+        let job = work.path().join("job.json");
+        println!("\n{n_threads} thread(s), medians of {} rounds", self.rounds);
+        self.write_job(&job)?;
+        let mut ours = self.own("ours", n_threads)?;
+        let mut llama = self.own("llama", n_threads)?;
+        let mut repacked = self.own("llama-repack", n_threads)?;
+        let first = ours.measure("forward")?;
+        // Not counted: copies are made, pages mapped, threads started.
+        ours.measure("step")?;
+        llama.measure("forward")?;
+        repacked.measure("forward")?;
+        println!("{:<24} {:>7} {:>7} {:>8}", "", "wall s", "CPU s", "peak MB");
+        let (mut f, mut l, mut p) = (vec![], vec![], vec![]);
+        for _ in 0..self.rounds {
+            l.push(llama.measure("forward")?);
+            p.push(repacked.measure("forward")?);
+            f.push(ours.measure("forward")?);
+        }
+        row("llama.cpp forward", &l);
+        row("  weights repacked", &p);
+        row("ours forward", &f);
+        llama.stop()?;
+        repacked.stop()?;
+        let mut steps = Vec::new();
+        let mut rows = Vec::new();
+        for (style, dtype) in TORCH {
+            let Some(python) = &self.torch else { break };
+            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/step_torch.py");
+            let mut torch = Racer::start(
+                Command::new(python)
+                    .arg(script)
+                    .arg(&self.model)
+                    .arg(&job)
+                    .args(["--style", style, "--dtype", dtype])
+                    .args(["--threads", &n_threads.to_string()]),
+            )?;
+            let same = torch.measure("forward")?;
+            torch.measure("step")?;
+            let (mut forward, mut step) = (vec![], vec![]);
+            for _ in 0..self.rounds {
+                step.push(torch.measure("step")?);
+                steps.push(ours.measure("step")?);
+                forward.push(torch.measure("forward")?);
+            }
+            torch.stop()?;
+            println!(
+                "same model? retain loss {:.4}, torch {dtype} {:.4}",
+                first.retain.unwrap_or(f64::NAN),
+                same.retain.unwrap_or(f64::NAN)
+            );
+            rows.push((format!("torch {style} {dtype}"), step, forward));
+        }
+        if rows.is_empty() {
+            for _ in 0..self.rounds {
+                steps.push(ours.measure("step")?);
+            }
+            println!("torch: no --torch PYTHON given, left out");
+        }
+        row("ours step", &steps);
+        for (name, step, forward) in &rows {
+            row(name, step);
+            row("  forward alone", forward);
+            let ratio = |what: fn(&Report) -> f64| median(step, what) / median(&steps, what);
+            println!(
+                "  over ours: wall {:.2}x, CPU {:.2}x, memory {:.2}x",
+                ratio(|r| r.wall),
+                ratio(|r| r.cpu),
+                ratio(|r| r.peak)
+            );
+        }
+        ours.stop()
+    }
+}
