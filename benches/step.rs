@@ -1,14 +1,17 @@
 //! One ReGLU training step (4 forget + 4 retain TOFU samples) beside a forward pass alone and
 //! beside the PyTorch reference, interleaved in one run.
 //!
-//! `cargo bench --bench step -- [--model GGUF] [--data DIR] [--torch PYTHON] [--rounds N]`
+//! `cargo bench --bench step -- [--model GGUF] [--data DIR] [--torch PYTHON] [--threads N]
+//! [--rounds N]`
 //!
 //! Every contender is a process of its own that answers one line per measurement, so that peak
 //! memory is its own and none is measured twice in a row. A peak counts from the end of loading
 //! on and includes the mapped pages of the model file.
 
-use nepenthe::data::{Record, Sample, Template, build_samples, load_records};
-use nepenthe::ggml::{Batch, Context, ContextOptions, Model, ModelOptions};
+mod support;
+
+use nepenthe::data::Sample;
+use nepenthe::ggml::{Batch, Context, ContextOptions};
 use nepenthe::model::OpenModel;
 use nepenthe::train::config::{Constraint, UnlearnConfig};
 use nepenthe::train::engine::Engine;
@@ -20,15 +23,11 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Instant;
-
-type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
+use support::{Args, Fallible, Sets, cpu_seconds, median, peak_bytes};
 
 /// Samples of either set in a step: 526 tokens, 319 of them answers, with Gemma's vocabulary.
 const BATCH: Range<usize> = 16..20;
 const N: usize = BATCH.end - BATCH.start;
-/// The retain authors: the eight before the two to be forgotten.
-const RETAIN_ROWS: Range<usize> = 3800..3960;
-const MAX_TOKENS: usize = 512;
 const TORCH: [(&str, &str); 4] = [
     ("official", "f32"),
     ("official", "bf16"),
@@ -37,85 +36,25 @@ const TORCH: [(&str, &str); 4] = [
 ];
 
 fn main() -> Fallible<()> {
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    let value = |flag: &str| {
-        let at = args.iter().position(|a| a == flag)?;
-        args.get(at + 1).cloned()
+    let args = Args::parse();
+    let Some((model, data)) = args.inputs() else {
+        return Ok(());
     };
-    let model = value("--model").map_or_else(default_model, PathBuf::from);
-    let data = value("--data").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data/tofu"),
-        PathBuf::from,
-    );
-    for (path, hint) in [
-        (&model, "models/fetch.sh gets it, --model names another"),
-        (&data, "--data names another folder with TOFU's files"),
-    ] {
-        if !path.exists() {
-            println!("skipped: {} is not at hand ({hint})", path.display());
-            return Ok(());
-        }
+    let threads = args.threads()?;
+    if let Some(contender) = args.value("--contender") {
+        return contend(contender, &model, &data, threads[0]);
     }
-    if let Some(contender) = value("--contender") {
-        let threads = value("--threads").ok_or("--threads is missing")?.parse()?;
-        return contend(&contender, &model, &data, threads);
-    }
-    let rounds = value("--rounds").map_or(Ok(5), |r| r.parse())?;
     let bench = Bench {
         model,
         data,
-        torch: value("--torch"),
-        rounds,
+        torch: args.value("--torch").map(str::to_owned),
+        rounds: args.value("--rounds").unwrap_or("5").parse()?,
     };
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut threads = vec![1];
-    if cores > 1 {
-        threads.push(cores);
-    }
-    if let Some(t) = value("--only-threads") {
-        threads = vec![t.parse()?];
-    }
     threads.into_iter().try_for_each(|t| bench.run(t))
 }
 
-fn default_model() -> PathBuf {
-    let cache = std::env::var_os("NEPENTHE_CACHE").map_or_else(
-        || {
-            let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-            base.unwrap_or_else(|| {
-                PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache")
-            })
-            .join("nepenthe")
-        },
-        PathBuf::from,
-    );
-    cache.join("gemma-3-270m-q4_k_m.gguf")
-}
-
-// ---- the samples ---------------------------------------------------------------------------
-
-struct Sets {
-    forget: Vec<Sample>,
-    retain: Vec<Sample>,
-}
-
-impl Sets {
-    fn load(open: &OpenModel, data: &Path) -> Fallible<Self> {
-        let template = open.template().unwrap_or(Template::None);
-        let samples = |records: &[Record]| -> Fallible<Vec<Sample>> {
-            Ok(build_samples(records, &open.model, &template, MAX_TOKENS)?.samples)
-        };
-        let forget = load_records(&data.join("forget01.json"))?;
-        let full = load_records(&data.join("full.json"))?;
-        Ok(Self {
-            forget: samples(&forget)?,
-            retain: samples(&full[RETAIN_ROWS])?,
-        })
-    }
-
-    fn batch(&self) -> impl Iterator<Item = &Sample> {
-        self.forget[BATCH].iter().chain(&self.retain[BATCH])
-    }
+fn batch(sets: &Sets) -> impl Iterator<Item = &Sample> {
+    sets.forget[BATCH].iter().chain(&sets.retain[BATCH])
 }
 
 // ---- a contender: one process, one measurement a line --------------------------------------
@@ -133,7 +72,7 @@ struct Report {
 fn contend(contender: &str, model: &Path, data: &Path, n_threads: usize) -> Fallible<()> {
     match contender {
         "ours" => ours(model, data, n_threads),
-        "llama" | "llama-repack" => llama(model, data, n_threads, contender == "llama-repack"),
+        "llama" => llama(model, data, n_threads),
         other => Err(format!("no contender is called {other}").into()),
     }
 }
@@ -155,16 +94,16 @@ fn ours(model: &Path, data: &Path, n_threads: usize) -> Fallible<()> {
     )?;
     let pairs = start(&open, &adaptable, found, &config)?;
     let mut trainer = Trainer::new(engine, pairs)?;
-    let batch = StepBatch {
+    let step = StepBatch {
         forget: sets.forget[BATCH].iter().collect(),
         retain: sets.retain[BATCH].iter().collect(),
         forget_share: 1.0,
     };
-    let samples: Vec<&Sample> = sets.batch().collect();
+    let samples: Vec<&Sample> = batch(&sets).collect();
     assert_eq!(config.train.constraint, Constraint::Project);
     serve(|work| match work {
         "step" => {
-            let r = trainer.step(&config.train, &batch, config.train.lr)?;
+            let r = trainer.step(&config.train, &step, config.train.lr)?;
             Ok((r.forget, r.retain))
         }
         _ => {
@@ -179,19 +118,12 @@ fn ours(model: &Path, data: &Path, n_threads: usize) -> Fallible<()> {
 }
 
 /// llama.cpp's own forward pass over the same samples, logits at the answer rows.
-fn llama(model: &Path, data: &Path, n_threads: usize, repack: bool) -> Fallible<()> {
-    let (samples, model) = {
-        let open = OpenModel::open(model, 0)?;
-        let sets = Sets::load(&open, data)?;
-        let samples: Vec<Sample> = sets.batch().cloned().collect();
-        let options = ModelOptions {
-            repack,
-            ..ModelOptions::default()
-        };
-        (samples, Model::load(model, options)?)
-    };
+fn llama(model: &Path, data: &Path, n_threads: usize) -> Fallible<()> {
+    let open = OpenModel::open(model, 0)?;
+    let sets = Sets::load(&open, data)?;
+    let samples: Vec<&Sample> = batch(&sets).collect();
     let mut context = Context::new(
-        &model,
+        &open.model,
         ContextOptions {
             n_ctx: 1024,
             n_batch: 1024,
@@ -231,30 +163,6 @@ fn serve(mut work: impl FnMut(&str) -> Fallible<(Option<f64>, Option<f64>)>) -> 
         println!("{}", serde_json::to_string(&report)?);
     }
     Ok(())
-}
-
-/// User and system time of this process, all threads, to the clock tick.
-fn cpu_seconds() -> Fallible<f64> {
-    let stat = std::fs::read_to_string("/proc/self/stat")?;
-    let fields: Vec<&str> = stat
-        .rsplit_once(')')
-        .ok_or("/proc/self/stat has no name")?
-        .1
-        .split_whitespace()
-        .collect();
-    let ticks: f64 = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
-    // Linux reports in USER_HZ, which is 100 on every architecture this runs on.
-    Ok(ticks / 100.0)
-}
-
-fn peak_bytes() -> Fallible<f64> {
-    let status = std::fs::read_to_string("/proc/self/status")?;
-    let line = status
-        .lines()
-        .find_map(|l| l.strip_prefix("VmHWM:"))
-        .ok_or("/proc/self/status has no VmHWM")?;
-    let kib: f64 = line.trim().trim_end_matches("kB").trim().parse()?;
-    Ok(kib * 1024.0)
 }
 
 // ---- the race ------------------------------------------------------------------------------
@@ -303,7 +211,8 @@ impl Racer {
         writeln!(self.stdin, "{work}")?;
         let mut line = String::new();
         self.stdout.read_line(&mut line)?;
-        serde_json::from_str(&line).map_err(|e| format!("a contender answered {line:?}: {e}").into())
+        serde_json::from_str(&line)
+            .map_err(|e| format!("a contender answered {line:?}: {e}").into())
     }
 
     fn stop(mut self) -> Fallible<()> {
@@ -313,18 +222,15 @@ impl Racer {
     }
 }
 
-fn median(of: &[Report], what: impl Fn(&Report) -> f64) -> f64 {
-    let mut values: Vec<f64> = of.iter().map(what).collect();
-    values.sort_by(f64::total_cmp);
-    let n = values.len();
-    (values[(n - 1) / 2] + values[n / 2]) / 2.0
+fn middle(of: &[Report], what: impl Fn(&Report) -> f64) -> f64 {
+    median(of.iter().map(what).collect())
 }
 
 fn row(name: &str, reports: &[Report]) {
     println!(
         "{name:<24} {:>7.2} {:>7.2} {:>8.0}",
-        median(reports, |r| r.wall),
-        median(reports, |r| r.cpu),
+        middle(reports, |r| r.wall),
+        middle(reports, |r| r.cpu),
         reports.iter().map(|r| r.peak).fold(0.0, f64::max) / 1e6,
     );
 }
@@ -333,7 +239,12 @@ impl Bench {
     fn own(&self, contender: &str, n_threads: usize) -> Fallible<Racer> {
         let mut command = Command::new(std::env::current_exe()?);
         command
-            .args(["--contender", contender, "--threads", &n_threads.to_string()])
+            .args([
+                "--contender",
+                contender,
+                "--threads",
+                &n_threads.to_string(),
+            ])
             .arg("--model")
             .arg(&self.model)
             .arg("--data")
@@ -358,8 +269,8 @@ impl Bench {
             retain: part(&sets.retain),
         };
         std::fs::write(path, serde_json::to_vec(&job)?)?;
-        let tokens: usize = sets.batch().map(|s| s.tokens.len()).sum();
-        let answers: usize = sets.batch().map(Sample::n_answer_tokens).sum();
+        let tokens: usize = batch(&sets).map(|s| s.tokens.len()).sum();
+        let answers: usize = batch(&sets).map(Sample::n_answer_tokens).sum();
         println!("{N} + {N} samples, {tokens} tokens, {answers} of them answers");
         Ok(())
     }
@@ -371,24 +282,19 @@ impl Bench {
         self.write_job(&job)?;
         let mut ours = self.own("ours", n_threads)?;
         let mut llama = self.own("llama", n_threads)?;
-        let mut repacked = self.own("llama-repack", n_threads)?;
         let first = ours.measure("forward")?;
         // Not counted: copies are made, pages mapped, threads started.
         ours.measure("step")?;
         llama.measure("forward")?;
-        repacked.measure("forward")?;
         println!("{:<24} {:>7} {:>7} {:>8}", "", "wall s", "CPU s", "peak MB");
-        let (mut f, mut l, mut p) = (vec![], vec![], vec![]);
+        let (mut f, mut l) = (vec![], vec![]);
         for _ in 0..self.rounds {
             l.push(llama.measure("forward")?);
-            p.push(repacked.measure("forward")?);
             f.push(ours.measure("forward")?);
         }
         row("llama.cpp forward", &l);
-        row("  weights repacked", &p);
         row("ours forward", &f);
         llama.stop()?;
-        repacked.stop()?;
         let mut steps = Vec::new();
         let mut rows = Vec::new();
         for (style, dtype) in TORCH {
@@ -428,7 +334,7 @@ impl Bench {
         for (name, step, forward) in &rows {
             row(name, step);
             row("  forward alone", forward);
-            let ratio = |what: fn(&Report) -> f64| median(step, what) / median(&steps, what);
+            let ratio = |what: fn(&Report) -> f64| middle(step, what) / middle(&steps, what);
             println!(
                 "  over ours: wall {:.2}x, CPU {:.2}x, memory {:.2}x",
                 ratio(|r| r.wall),
