@@ -295,10 +295,13 @@ impl Bench {
         row("llama.cpp forward", &l);
         row("ours forward", &f);
         llama.stop()?;
-        let mut steps = Vec::new();
-        let mut rows = Vec::new();
+        let Some(python) = &self.torch else {
+            let steps: Fallible<Vec<_>> = (0..self.rounds).map(|_| ours.measure("step")).collect();
+            row("ours step", &steps?);
+            println!("torch: no --torch PYTHON given, left out");
+            return ours.stop();
+        };
         for (style, dtype) in TORCH {
-            let Some(python) = &self.torch else { break };
             let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/step_torch.py");
             let mut torch = Racer::start(
                 Command::new(python)
@@ -310,36 +313,25 @@ impl Bench {
             )?;
             let same = torch.measure("forward")?;
             torch.measure("step")?;
-            let (mut forward, mut step) = (vec![], vec![]);
+            let (mut forward, mut step, mut own) = (vec![], vec![], vec![]);
             for _ in 0..self.rounds {
                 step.push(torch.measure("step")?);
-                steps.push(ours.measure("step")?);
+                own.push(ours.measure("step")?);
                 forward.push(torch.measure("forward")?);
             }
             torch.stop()?;
+            row("ours step", &own);
+            row(&format!("torch {style} {dtype} step"), &step);
+            row("  forward alone", &forward);
+            let ratio = |what: fn(&Report) -> f64| middle(&step, what) / middle(&own, what);
             println!(
-                "same model? retain loss {:.4}, torch {dtype} {:.4}",
-                first.retain.unwrap_or(f64::NAN),
-                same.retain.unwrap_or(f64::NAN)
-            );
-            rows.push((format!("torch {style} {dtype}"), step, forward));
-        }
-        if rows.is_empty() {
-            for _ in 0..self.rounds {
-                steps.push(ours.measure("step")?);
-            }
-            println!("torch: no --torch PYTHON given, left out");
-        }
-        row("ours step", &steps);
-        for (name, step, forward) in &rows {
-            row(name, step);
-            row("  forward alone", forward);
-            let ratio = |what: fn(&Report) -> f64| middle(step, what) / middle(&steps, what);
-            println!(
-                "  over ours: wall {:.2}x, CPU {:.2}x, memory {:.2}x",
+                "  step over ours: wall {:.2}x, CPU {:.2}x, memory {:.2}x; retain loss of the same \
+                 forward pass {:.4}, ours {:.4}",
                 ratio(|r| r.wall),
                 ratio(|r| r.cpu),
-                ratio(|r| r.peak)
+                ratio(|r| r.peak),
+                same.retain.unwrap_or(f64::NAN),
+                first.retain.unwrap_or(f64::NAN),
             );
         }
         ours.stop()

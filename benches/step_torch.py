@@ -82,7 +82,7 @@ def load(path, dtype):
 
     def put(param, name, shift=0.0):
         t = tensors[f"{name}.weight"]
-        w = torch.from_numpy(dequantize(t.data, t.tensor_type)) - shift
+        w = torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) - shift
         with torch.no_grad():
             param.copy_(w.reshape(param.shape))
 
@@ -243,8 +243,8 @@ def main():
             "wall": time.perf_counter() - wall,
             "cpu": time.process_time() - cpu,
             "peak": peak_bytes(),
-            "forget": float(forget),
-            "retain": float(retain),
+            "forget": forget.item(),
+            "retain": retain.item(),
         }
         print(json.dumps(report), flush=True)
 
