@@ -1,0 +1,118 @@
+//! What the benches share: where model and data are, TOFU's samples, this process's cost.
+#![allow(dead_code, reason = "each bench uses its part")]
+
+use nepenthe::data::{Record, Sample, Template, build_samples, load_records};
+use nepenthe::model::OpenModel;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+pub type Fallible<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+/// The retain authors: the eight before the two to be forgotten.
+const RETAIN_ROWS: Range<usize> = 3800..3960;
+const MAX_TOKENS: usize = 512;
+
+/// The command line: `--flag value` pairs.
+pub struct Args(Vec<String>);
+
+impl Args {
+    pub fn parse() -> Self {
+        Self(std::env::args().skip(1).collect())
+    }
+
+    pub fn value(&self, flag: &str) -> Option<&str> {
+        let at = self.0.iter().position(|a| a == flag)?;
+        self.0.get(at + 1).map(String::as_str)
+    }
+
+    /// Model and TOFU folder, or the printed reason why the bench is skipped.
+    pub fn inputs(&self) -> Option<(PathBuf, PathBuf)> {
+        let model = self
+            .value("--model")
+            .map_or_else(|| cache().join("gemma-3-270m-q4_k_m.gguf"), PathBuf::from);
+        let data = self.value("--data").map_or_else(
+            || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data/tofu"),
+            PathBuf::from,
+        );
+        for (path, hint) in [
+            (&model, "models/fetch.sh gets it, --model names another"),
+            (&data, "--data names another folder with TOFU's files"),
+        ] {
+            if !path.exists() {
+                println!("skipped: {} is not at hand ({hint})", path.display());
+                return None;
+            }
+        }
+        Some((model, data))
+    }
+
+    /// One thread and all cores, or what `--threads` says.
+    pub fn threads(&self) -> Fallible<Vec<usize>> {
+        if let Some(t) = self.value("--threads") {
+            return Ok(vec![t.parse()?]);
+        }
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(if cores > 1 { vec![1, cores] } else { vec![1] })
+    }
+}
+
+fn cache() -> PathBuf {
+    let var = |name| std::env::var_os(name).map(PathBuf::from);
+    var("NEPENTHE_CACHE").unwrap_or_else(|| {
+        var("XDG_CACHE_HOME")
+            .unwrap_or_else(|| var("HOME").unwrap_or_default().join(".cache"))
+            .join("nepenthe")
+    })
+}
+
+/// TOFU: two authors to forget (40 pairs), the eight before them to keep (160).
+pub struct Sets {
+    pub forget: Vec<Sample>,
+    pub retain: Vec<Sample>,
+}
+
+impl Sets {
+    pub fn load(open: &OpenModel, data: &Path) -> Fallible<Self> {
+        let template = open.template().unwrap_or(Template::None);
+        let samples = |records: &[Record]| -> Fallible<Vec<Sample>> {
+            Ok(build_samples(records, &open.model, &template, MAX_TOKENS)?.samples)
+        };
+        let forget = load_records(&data.join("forget01.json"))?;
+        let full = load_records(&data.join("full.json"))?;
+        Ok(Self {
+            forget: samples(&forget)?,
+            retain: samples(&full[RETAIN_ROWS])?,
+        })
+    }
+}
+
+/// User and system time of this process, all threads, to the clock tick.
+pub fn cpu_seconds() -> Fallible<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    let fields: Vec<&str> = stat
+        .rsplit_once(')')
+        .ok_or("/proc/self/stat has no name")?
+        .1
+        .split_whitespace()
+        .collect();
+    let ticks: f64 = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
+    // Linux reports in USER_HZ, which is 100 on every architecture this runs on.
+    Ok(ticks / 100.0)
+}
+
+/// The largest resident size of this process so far.
+pub fn peak_bytes() -> Fallible<f64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status
+        .lines()
+        .find_map(|l| l.strip_prefix("VmHWM:"))
+        .ok_or("/proc/self/status has no VmHWM")?;
+    let kib: f64 = line.trim().trim_end_matches("kB").trim().parse()?;
+    Ok(kib * 1024.0)
+}
+
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let n = values.len();
+    (values[(n - 1) / 2] + values[n / 2]) / 2.0
+}
