@@ -13,10 +13,10 @@ mod support;
 use nepenthe::data::Sample;
 use nepenthe::ggml::{Batch, Context, ContextOptions};
 use nepenthe::model::OpenModel;
+use nepenthe::start::{start, subspace_config, subspaces};
 use nepenthe::train::config::{Constraint, UnlearnConfig};
 use nepenthe::train::engine::Engine;
-use nepenthe::train::trainer::{StepBatch, Trainer};
-use nepenthe::unlearn::{start, subspace_config, subspaces};
+use nepenthe::train::trainer::{Forget, StepBatch, Trainer};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Write};
 use std::ops::Range;
@@ -95,7 +95,14 @@ fn ours(model: &Path, data: &Path, n_threads: usize) -> Fallible<()> {
     let pairs = start(&open, &adaptable, found, &config)?;
     let mut trainer = Trainer::new(engine, pairs)?;
     let step = StepBatch {
-        forget: sets.forget[BATCH].iter().collect(),
+        forget: sets.forget[BATCH]
+            .iter()
+            .map(|sample| Forget {
+                sample,
+                preferred: None,
+                reference: 0.0,
+            })
+            .collect(),
         retain: sets.retain[BATCH].iter().collect(),
         forget_share: 1.0,
     };
