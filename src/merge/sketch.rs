@@ -132,7 +132,7 @@ impl InputSketch {
 
     /// H_F or H_R as a dense matrix `[n_in, n_in]` with a mean diagonal of 1.
     ///
-    /// An error measured on it is too low (1.2 to 7 times at m = 64), as the rounding was fitted
+    /// An error measured on it is too low (1.5 to 7 times at m = 64), as the rounding was fitted
     /// to the same matrix: good for ranking tensors, not for accepting one.
     pub fn moments(&self, side: Side) -> Vec<f32> {
         self.dense(match side {
