@@ -10,13 +10,13 @@ fn golden() -> PathBuf {
 
 /// A toy model of the shapes in peft.py, all zero.
 fn toy(dir: &Path, arch: &str) -> Weights {
+    let zeros = vec![0u8; 24 * 16 * 4]; // declared before the writer that borrows it
     let path = dir.join("toy.gguf");
     let mut meta = Metadata::new();
     meta.set("general.architecture", arch);
     meta.set(&format!("{arch}.attention.head_count"), 4u32);
     meta.set(&format!("{arch}.attention.head_count_kv"), 2u32);
     let mut file = GgufWriter::new(&path, meta);
-    let zeros = vec![0u8; 24 * 16 * 4];
     let shapes = [
         ("attn_q", 16, 16),
         ("attn_k", 16, 8),
