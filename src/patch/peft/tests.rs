@@ -10,7 +10,6 @@ fn golden() -> PathBuf {
 
 /// A toy model of the shapes in peft.py, all zero.
 fn toy(dir: &Path, arch: &str) -> Weights {
-    let zeros = vec![0u8; 24 * 16 * 4]; // declared before the writer that borrows it
     let path = dir.join("toy.gguf");
     let zeros = vec![0u8; 24 * 16 * 4];
     let mut meta = Metadata::new();
