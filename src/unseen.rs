@@ -11,7 +11,7 @@
 //! are exchanged for: these are then easier than answers never read. Measured on three models
 //! that had learned invented people by heart, beside the same models without those people
 //! (NLL of exchanged answers, NLL of the unseen model): 0.65, 1.16 (embedded model); 1.36, 2.86
-//! (SmolLM2-135M, TOFU). Hence the level is [`BY_HEART`] times the exchanged NLL where answers
+//! (SmolLM2-135M, TOFU). Hence the level is 1.9 times the exchanged NLL where answers
 //! are near certain, and the exchanged NLL itself where they are merely known.
 
 use crate::data::{Record, Role, Sample, Template, build_samples, general_records};
