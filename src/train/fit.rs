@@ -30,7 +30,8 @@ const BOOST: f32 = 1.3;
 const MAX_BOOST: f32 = 8.0;
 /// Halvings of the way back.
 const HALVINGS: usize = 6;
-/// While settling, samples below this share of the level are pushed again.
+/// While settling, and the mean has fallen below the level, samples below this share of it are
+/// pushed again.
 const FALLEN_BACK: f64 = 0.6;
 /// Warm-up steps towards a level: a few samples may be forgotten in as many steps.
 const WARMUP: usize = 10;
@@ -306,10 +307,11 @@ fn draw<'a>(
         Until::Steps(_) => state.forget.take(n_forget),
         Until::Level(level) => {
             let nll = &state.nll;
-            let level = if state.settled_at.is_some() {
-                FALLEN_BACK * level
-            } else {
-                level
+            let level = match (state.settled_at, state.checks.last()) {
+                // Settling is the retain set's time: what is past the level is left alone.
+                (Some(_), Some(check)) if check.nll >= level => 0.0,
+                (Some(_), _) => FALLEN_BACK * level,
+                (None, _) => level,
             };
             state.forget.take_where(n, |i| nll[i] < level)
         }
