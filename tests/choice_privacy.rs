@@ -83,7 +83,8 @@ fn prompts_are_the_harness_own() {
     for (name, topic, n_shots, prompts) in choice_golden().prompts {
         let path = dir.path().join(&name);
         write_questions(&path);
-        let subjects = load_subjects(&[path.clone()], ChoiceFormat::Auto, None).expect("good");
+        let subjects =
+            load_subjects(std::slice::from_ref(&path), ChoiceFormat::Auto, None).expect("good");
         assert_eq!(subjects[0].topic, topic, "{name}");
         let shots = load_shots(&path, n_shots, ChoiceFormat::Auto, &subjects).expect("enough");
         assert_eq!(subjects[0].questions, questions());
