@@ -5,8 +5,8 @@ use super::merge_report::MergeUi;
 use super::robustness::load;
 use crate::atomic::{AtomicError, write_atomic};
 use crate::error::Error;
-use crate::report::verdict::{Status, Thresholds};
-use crate::report::{Evidence, Job, ReportError, collect, html::page};
+use crate::report::verdict::Status;
+use crate::report::{Evidence, Job, ReportError, Thresholds, collect, html::page};
 use clap::Args;
 use std::path::{Path, PathBuf};
 

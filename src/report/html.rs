@@ -84,7 +84,12 @@ fn checks(e: &Evidence) -> String {
         return String::new();
     }
     let s = Series {
-        points: e.training.checks.iter().map(|c| (c.step as f64, c.nll)).collect(),
+        points: e
+            .training
+            .checks
+            .iter()
+            .map(|c| (c.step as f64, c.nll))
+            .collect(),
         line: true,
         marks: true,
         ..Series::default()
@@ -119,11 +124,25 @@ fn losses(e: &Evidence) -> (String, String) {
         lines(title, &x, &Axis::linear(label, &[0.0]), &[s], &[])
     };
     let steps = &e.training.steps;
-    let forget = steps.iter().filter_map(|s| Some((s.step as f64, s.forget?)));
-    let retain = steps.iter().filter_map(|s| Some((s.step as f64, s.retain?)));
+    let forget = steps
+        .iter()
+        .filter_map(|s| Some((s.step as f64, s.forget?)));
+    let retain = steps
+        .iter()
+        .filter_map(|s| Some((s.step as f64, s.retain?)));
     (
-        one("Loss on forget samples by step", "forget loss", 0, forget.collect()),
-        one("Loss on retain samples by step", "retain loss, nats", 1, retain.collect()),
+        one(
+            "Loss on forget samples by step",
+            "forget loss",
+            0,
+            forget.collect(),
+        ),
+        one(
+            "Loss on retain samples by step",
+            "retain loss, nats",
+            1,
+            retain.collect(),
+        ),
     )
 }
 
@@ -196,7 +215,10 @@ fn energy(e: &Evidence) -> String {
     }
     let series: Vec<Series> = some(&with)
         .map(|t| {
-            let squares = t.singular_values.iter().map(|&v| f64::from(v) * f64::from(v));
+            let squares = t
+                .singular_values
+                .iter()
+                .map(|&v| f64::from(v) * f64::from(v));
             let total: f64 = squares.clone().sum();
             let mut sum = 0.0;
             let cumulative = squares.enumerate().map(|(i, s)| {
@@ -301,7 +323,11 @@ fn scales(e: &Evidence) -> String {
         "Answer probability by scale of the patch",
         &Axis::linear("scale, 1 as deployed", &[0.0]),
         &Axis::linear("answer probability", &[0.0, 1.0]),
-        &sets(r.scales.iter().map(|p| (f64::from(p.scale), three(&p.sets)))),
+        &sets(
+            r.scales
+                .iter()
+                .map(|p| (f64::from(p.scale), three(&p.sets))),
+        ),
         &[],
     )
 }

@@ -61,7 +61,8 @@ mod tests {
 
     #[test]
     fn the_last_run_counts() {
-        let step = |n| format!("{{\"event\":\"step\",\"step\":{n},\"forget\":1.5,\"retain\":null}}\n");
+        let step =
+            |n| format!("{{\"event\":\"step\",\"step\":{n},\"forget\":1.5,\"retain\":null}}\n");
         let check = "{\"event\":\"check\",\"step\":2,\"nll\":0.5,\"prob\":0.6,\"below\":1.0}\n";
         let text = [step(1), step(2), check.into(), step(1), "\n".into()].concat();
         let t = of(&text).expect("a good log");

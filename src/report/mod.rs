@@ -9,10 +9,12 @@ pub mod html;
 mod log;
 mod svg;
 mod tensors;
+mod thresholds;
 pub mod verdict;
 
 pub use error::ReportError;
 pub use evidence::Evidence;
+pub use thresholds::Thresholds;
 
 use crate::adapter::{Loaded, open_adapters};
 use crate::data::{Record, Template, salted_hash, utc_now};
@@ -32,7 +34,7 @@ use evidence::{
     Transcript, Variant,
 };
 use std::path::{Path, PathBuf};
-use verdict::{Status, Thresholds, Verdict, judge};
+use verdict::{Status, Verdict, judge};
 
 /// Transcripts of each set, where texts are wanted.
 const SHOWN: usize = 6;

@@ -81,7 +81,10 @@ impl Axis {
         }
         let step = nice((high - low) / 4.0).max(if self.log { 1.0 } else { 0.0 });
         // To whole steps, or the outermost ticks would stand inside.
-        (low, high) = ((low / step + 1e-9).floor() * step, (high / step - 1e-9).ceil() * step);
+        (low, high) = (
+            (low / step + 1e-9).floor() * step,
+            (high / step - 1e-9).ceil() * step,
+        );
         let n = ((high - low) / step).round() as usize;
         let ticks = (0..=n).map(|i| {
             let v = low + i as f64 * step;
@@ -155,7 +158,10 @@ fn line(out: &mut String, class: &str, (x1, y1): (f64, f64), (x2, y2): (f64, f64
 fn mark(out: &mut String, class: usize, (x, y): (f64, f64)) {
     let name = CLASSES[class % CLASSES.len()];
     let drawn = match class % CLASSES.len() {
-        0 => write!(out, "<circle class=\"m {name}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\"/>"),
+        0 => write!(
+            out,
+            "<circle class=\"m {name}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\"/>"
+        ),
         1 => write!(
             out,
             "<rect class=\"m {name}\" x=\"{:.1}\" y=\"{:.1}\" width=\"5.6\" height=\"5.6\"/>",
@@ -199,7 +205,13 @@ pub fn lines(
     }
     line(&mut out, "axis", (left, y(y0)), (WIDTH - right, y(y0)));
     let middle = (left + WIDTH - right) / 2.0;
-    text(&mut out, (middle, HEIGHT - 6.0), "t", "middle", &x_axis.label);
+    text(
+        &mut out,
+        (middle, HEIGHT - 6.0),
+        "t",
+        "middle",
+        &x_axis.label,
+    );
     let label = escape(&y_axis.label);
     let y_middle = (top + HEIGHT - bottom) / 2.0;
     write!(
@@ -216,16 +228,27 @@ pub fn lines(
                 .chain(down)
                 .map(|(a, b)| format!("{:.1},{:.1}", x(a), y(b)))
                 .collect();
-            write!(out, "<polygon class=\"band {name}\" points=\"{}\"/>", corners.join(" "))
-                .expect("strings take all text");
+            write!(
+                out,
+                "<polygon class=\"band {name}\" points=\"{}\"/>",
+                corners.join(" ")
+            )
+            .expect("strings take all text");
         }
-        let finite = s.points.iter().filter(|p| p.0.is_finite() && p.1.is_finite());
+        let finite = s
+            .points
+            .iter()
+            .filter(|p| p.0.is_finite() && p.1.is_finite());
         let at: Vec<(f64, f64)> = finite.map(|p| (x(p.0), y(p.1))).collect();
         if s.line {
             let corners: Vec<String> = at.iter().map(|(a, b)| format!("{a:.1},{b:.1}")).collect();
             let faint = if s.faint { " faint" } else { "" };
-            write!(out, "<polyline class=\"l {name}{faint}\" points=\"{}\"/>", corners.join(" "))
-                .expect("strings take all text");
+            write!(
+                out,
+                "<polyline class=\"l {name}{faint}\" points=\"{}\"/>",
+                corners.join(" ")
+            )
+            .expect("strings take all text");
         }
         if s.marks {
             at.iter().for_each(|&p| mark(&mut out, s.class, p));
@@ -235,7 +258,13 @@ pub fn lines(
         line(&mut out, "rule", (left, y(*v)), (WIDTH - right, y(*v)));
         // Below the line where there is no room above.
         let above = if y(*v) < top + 14.0 { 13.0 } else { -5.0 };
-        text(&mut out, (WIDTH - right - 2.0, y(*v) + above), "t halo", "end", label);
+        text(
+            &mut out,
+            (WIDTH - right - 2.0, y(*v) + above),
+            "t halo",
+            "end",
+            label,
+        );
     }
     legend(&mut out, series);
     out + "</svg>"
@@ -279,7 +308,13 @@ pub fn intervals(title: &str, axis: &str, rows: &[Row]) -> String {
     for i in 0..=4 {
         let v = f64::from(i) / 4.0;
         line(&mut out, "grid", (x(v), 4.0), (x(v), bottom));
-        text(&mut out, (x(v), bottom + 14.0), "t", "middle", &tick(v, 0.25));
+        text(
+            &mut out,
+            (x(v), bottom + 14.0),
+            "t",
+            "middle",
+            &tick(v, 0.25),
+        );
     }
     text(&mut out, (x(0.5), height - 4.0), "t", "middle", axis);
     for (i, row) in rows.iter().enumerate() {
@@ -288,7 +323,13 @@ pub fn intervals(title: &str, axis: &str, rows: &[Row]) -> String {
             text(&mut out, (4.0, y + 4.0), "t strong", "start", &row.label);
             continue;
         };
-        text(&mut out, (14.0, y + 4.0), "t", "start", &shorten(&row.label, 22));
+        text(
+            &mut out,
+            (14.0, y + 4.0),
+            "t",
+            "start",
+            &shorten(&row.label, 22),
+        );
         let name = CLASSES[row.class % CLASSES.len()];
         line(&mut out, &format!("w {name}"), (x(low), y), (x(high), y));
         mark(&mut out, row.class, (x(mean), y));

@@ -4,78 +4,12 @@
 //! A criterion is judged by its point estimate; `clear` says whether the whole 95% interval lies on
 //! the same side. Nothing that was not measured counts as met.
 
-use super::evidence::{Evidence, Kind, Variant};
-use crate::error::Error;
+use super::Thresholds;
+use super::evidence::{Evidence, Kind, MergedFile, Variant};
 use crate::eval::stats::Interval;
 use crate::robustness::Robustness;
+use crate::score::SetScores;
 use serde::Serialize;
-
-/// Thresholds.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Thresholds {
-    /// Least forget answer NLL, as a share of the unseen level.
-    pub min_level: f64,
-    /// Most forget answer NLL, as a multiple of the unseen level.
-    pub max_level: f64,
-    /// Most forget probability as a share of that before, where there is no unseen level.
-    pub max_forget_share: f64,
-    /// Least retain probability, as a share of that before.
-    pub min_retain: f64,
-    /// Most that other wordings may exceed the forget probability by.
-    pub max_paraphrase_gap: f64,
-    /// Least share of the drop in forget probability that a merged file keeps.
-    pub min_kept_effect: f64,
-    /// Most ‖PᵀΔW‖/‖ΔW‖ of any tensor, of patches made with the hard constraint.
-    pub max_retain_fraction: f64,
-    /// Most of the drop in forget probability that relearning undoes.
-    pub max_relearned: f64,
-    /// Least p-value of TOFU's forget quality.
-    pub min_forget_quality: f64,
-}
-
-impl Default for Thresholds {
-    fn default() -> Self {
-        Self {
-            min_level: 0.9,
-            max_level: 1.5,
-            max_forget_share: 0.5,
-            min_retain: 0.97,
-            max_paraphrase_gap: 0.1,
-            min_kept_effect: 0.9,
-            max_retain_fraction: 0.01,
-            max_relearned: 0.5,
-            min_forget_quality: 0.05,
-        }
-    }
-}
-
-impl Thresholds {
-    /// Whether they can be compared with at all.
-    ///
-    /// # Errors
-    /// [`Error::Setting`].
-    pub fn validate(&self) -> Result<(), Error> {
-        let all = [
-            ("min-level", self.min_level),
-            ("max-level", self.max_level),
-            ("max-forget-share", self.max_forget_share),
-            ("min-retain", self.min_retain),
-            ("max-paraphrase-gap", self.max_paraphrase_gap),
-            ("min-kept-effect", self.min_kept_effect),
-            ("max-retain-fraction", self.max_retain_fraction),
-            ("max-relearned", self.max_relearned),
-            ("min-forget-quality", self.min_forget_quality),
-        ];
-        match all.into_iter().find(|(_, v)| !(0.0..f64::INFINITY).contains(v)) {
-            None => Ok(()),
-            Some((setting, value)) => Err(Error::Setting {
-                setting,
-                wanted: "a number, 0 or above".into(),
-                found: value.to_string(),
-            }),
-        }
-    }
-}
 
 /// What came of a criterion, or of all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -168,8 +102,11 @@ impl Asked<'_> {
             Some(_) => Status::Missed,
         };
         let met = status == Status::Met;
-        let clear =
-            interval.is_none_or(|i| [i.low, i.high].iter().all(|&v| side.holds(v, threshold) == met));
+        let clear = interval.is_none_or(|i| {
+            [i.low, i.high]
+                .iter()
+                .all(|&v| side.holds(v, threshold) == met)
+        });
         Criterion {
             claim: self.claim,
             subject: self.subject.to_owned(),
@@ -219,11 +156,21 @@ pub fn judge(e: &Evidence, t: &Thresholds) -> Verdict {
         criteria.push(kept(t, base, v));
         criteria.extend(other_words(t, v));
         if v.kind == Kind::Merged {
-            criteria.push(merged(t, base, patched, v));
+            let both = (forget(base), forget(patched));
+            criteria.push(merged(t, &v.name, both, v.set("forget")));
         }
     }
     criteria.extend(off_retain(e, t));
     for r in &e.robustness {
+        let others = r.files.iter().filter(|f| {
+            let known = |m: &MergedFile| m.file.sha256 == f.file.sha256;
+            !e.files.merged.iter().any(known)
+        });
+        let both = (alone(r), Some(&r.deployed.forget));
+        for f in others {
+            let now = Some(&f.sets.forget);
+            criteria.push(merged(t, &f.file.name, both, now));
+        }
         criteria.extend(relearned(t, base, r));
     }
     if let Some(p) = e.tofu.as_ref().and_then(|s| s.forget_quality) {
@@ -238,12 +185,7 @@ pub fn judge(e: &Evidence, t: &Thresholds) -> Verdict {
     sum_up(criteria)
 }
 
-fn forgotten(
-    e: &Evidence,
-    t: &Thresholds,
-    base: Option<&Variant>,
-    v: &Variant,
-) -> Vec<Criterion> {
+fn forgotten(e: &Evidence, t: &Thresholds, base: Option<&Variant>, v: &Variant) -> Vec<Criterion> {
     let forget = v.set("forget");
     let Some(level) = e.training.unseen_nll.filter(|&l| l > 0.0) else {
         let before = base.and_then(|b| b.set("forget")).map(|s| s.prob.mean);
@@ -295,8 +237,8 @@ fn kept(t: &Thresholds, base: Option<&Variant>, v: &Variant) -> Criterion {
         claim: "What was to be kept is kept.",
         subject: &v.name,
         quantity: "retain answer probability over that before",
-        why: "A loss of three percent is what changing the quantisation by one step costs; a \
-              reader does not notice it.",
+        why: "Three percent is the loss that this program allows itself everywhere; side effects \
+              show in kept answers before a reader notices them.",
     }
     .judge(
         Side::AtLeast,
@@ -329,27 +271,27 @@ fn undone(before: f64, after: f64, now: f64) -> Option<f64> {
     (before > after).then(|| (now - after) / (before - after))
 }
 
+fn forget(v: Option<&Variant>) -> Option<&SetScores> {
+    v?.set("forget")
+}
+
+/// How much of the fall from `before` to `after` the file at `now` keeps.
 fn merged(
     t: &Thresholds,
-    base: Option<&Variant>,
-    patched: Option<&Variant>,
-    v: &Variant,
+    subject: &str,
+    (before, after): (Option<&SetScores>, Option<&SetScores>),
+    now: Option<&SetScores>,
 ) -> Criterion {
-    let prob = |v: Option<&Variant>| Some(v?.set("forget")?.prob);
-    let kept = |now: f64| {
-        let (before, after) = (prob(base)?.mean, prob(patched)?.mean);
-        Some(1.0 - undone(before, after, now)?)
-    };
-    let now = prob(Some(v));
-    let interval = now.and_then(|p| {
+    let kept = |now: f64| Some(1.0 - undone(before?.prob.mean, after?.prob.mean, now)?);
+    let interval = now.and_then(|s| {
         Some(Interval {
-            low: kept(p.interval.high)?,
-            high: kept(p.interval.low)?,
+            low: kept(s.prob.interval.high)?,
+            high: kept(s.prob.interval.low)?,
         })
     });
     Asked {
         claim: "The merged file forgets as the patch does.",
-        subject: &v.name,
+        subject,
         quantity: "share kept of the fall in forget probability",
         why: "Requantisation can round a small update away; nine tenths kept is what merging is \
               for.",
@@ -357,7 +299,7 @@ fn merged(
     .judge(
         Side::AtLeast,
         t.min_kept_effect,
-        now.and_then(|p| kept(p.mean)),
+        now.and_then(|s| kept(s.prob.mean)),
         interval,
     )
 }
@@ -382,13 +324,18 @@ fn off_retain(e: &Evidence, t: &Thresholds) -> Option<Criterion> {
     ))
 }
 
+/// The forget set under the model without patch, where the sweep came by.
+fn alone(r: &Robustness) -> Option<&SetScores> {
+    let swept = r.scales.iter().find(|p| p.scale == 0.0);
+    swept.map(|p| &p.sets.forget)
+}
+
 fn relearned(t: &Thresholds, base: Option<&Variant>, r: &Robustness) -> Option<Criterion> {
     let relearn = r.relearn.as_ref()?;
     let (first, last) = (relearn.points.first()?, relearn.points.last()?);
-    // The model alone was measured by the sweep on the same samples; else by this report.
-    let swept = r.scales.iter().find(|p| p.scale == 0.0);
-    let before = swept.map(|p| p.sets.forget.prob.mean);
-    let before = before.or_else(|| base?.set("forget").map(|s| s.prob.mean));
+    // The sweep has the same samples as the attack, this report perhaps others.
+    let before = alone(r).or_else(|| base?.set("forget"));
+    let before = before.map(|s| s.prob.mean);
     let share = |now: f64| undone(before?, first.forget.prob.mean, now);
     let p = last.forget.prob;
     let interval = share(p.interval.low).zip(share(p.interval.high));
@@ -462,8 +409,14 @@ mod tests {
     #[test]
     fn nothing_unmeasured_or_nan_is_met() {
         assert_eq!(one(Side::AtMost, None, None).status, Status::NotMeasured);
-        assert_eq!(one(Side::AtMost, Some(f64::NAN), None).status, Status::Missed);
-        assert_eq!(one(Side::AtLeast, Some(f64::NAN), None).status, Status::Missed);
+        assert_eq!(
+            one(Side::AtMost, Some(f64::NAN), None).status,
+            Status::Missed
+        );
+        assert_eq!(
+            one(Side::AtLeast, Some(f64::NAN), None).status,
+            Status::Missed
+        );
         assert_eq!(sum_up(Vec::new()).status, Status::NotMeasured);
     }
 
