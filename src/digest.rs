@@ -57,6 +57,53 @@ impl TryFrom<String> for Digest {
     }
 }
 
+/// A file as a report names it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct FileId {
+    /// File name without its folder; of a split model, that of the first part.
+    pub name: String,
+    /// Of the file, or of all parts of a split one in order.
+    pub sha256: Digest,
+    /// Size of the file, or of all parts.
+    pub bytes: u64,
+}
+
+impl FileId {
+    /// Of any file.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn of(path: &Path) -> Result<Self, Error> {
+        let bytes = std::fs::metadata(path).map_err(|source| Error::Io {
+            path: path.to_owned(),
+            doing: "reading",
+            source,
+        })?;
+        Ok(Self {
+            name: file_name(path),
+            sha256: of_file(path)?,
+            bytes: bytes.len(),
+        })
+    }
+
+    /// Of a model.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn of_model(set: &GgufSet) -> Result<Self, Error> {
+        Ok(Self {
+            name: file_name(set.parts()[0].path()),
+            sha256: of_model(set)?,
+            bytes: set.parts().iter().map(Gguf::file_len).sum(),
+        })
+    }
+}
+
+fn file_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}
+
 /// Of one file.
 ///
 /// # Errors

@@ -16,6 +16,7 @@ use crate::merge::undo::UndoError;
 use crate::patch::PatchError;
 use crate::patch::peft::PeftError;
 use crate::project::ProjectError;
+use crate::report::ReportError;
 use crate::score::PrivacyLogError;
 use crate::score::tofu::PartialError;
 use crate::subspace::SubspaceError;
@@ -158,6 +159,9 @@ pub enum Error {
     /// A retain model's privacy report that was refused.
     #[error(transparent)]
     PrivacyLog(#[from] PrivacyLogError),
+    /// A report that cannot be made, or whose verdict is not met.
+    #[error(transparent)]
+    Report(#[from] ReportError),
     /// A setting that cannot be used.
     #[error("{setting}: wanted {wanted}, found {found}")]
     Setting {
@@ -215,6 +219,7 @@ impl Error {
             }
             Self::Checkpoint(CheckpointError::Other { .. }) => 4,
             Self::Replace(e) => e.exit_code(),
+            Self::Report(e) => e.exit_code(),
             Self::Undo(UndoError::Io { .. }) => 6,
             Self::Undo(e) if e.is_mismatch() => 4,
             Self::Config { .. } => 2,

@@ -14,7 +14,9 @@ mod learn;
 mod merge;
 mod merge_args;
 mod merge_report;
+mod report;
 mod revert;
+mod robustness;
 mod run;
 mod score;
 mod subspace;
@@ -44,6 +46,8 @@ enum Command {
     Run(run::Run),
     Eval(Box<eval::Eval>),
     Score(score::Score),
+    Robustness(Box<robustness::RobustnessArgs>),
+    Report(Box<report::ReportArgs>),
     Merge(merge::Merge),
     Revert(revert::Revert),
     Diff(diff::DiffArgs),
@@ -65,6 +69,8 @@ impl Cli {
             Command::Run(c) => c.run(),
             Command::Eval(c) => c.run(),
             Command::Score(c) => c.run(),
+            Command::Robustness(c) => c.run(),
+            Command::Report(c) => c.run(),
             Command::Merge(c) => c.run(),
             Command::Revert(c) => c.run(),
             Command::Diff(c) => c.run(),

@@ -21,6 +21,7 @@ pub use record::{Message, Record, Role, load_lines, load_records, parse_json, pa
 pub use refusal::{refusals, refused};
 pub use sample::{Sample, SampleSet, Tokenize, TokenizeError, build_prompt, build_samples};
 pub use set::{Overlap, overlap, salted_hash};
+pub(crate) use template::utc_now;
 pub use template::{ChatTemplate, Template};
 pub use tofu::{TofuQuestion, load_tofu};
 

@@ -231,6 +231,12 @@ fn write_json(value: &serde_json::Value, indent: Option<usize>, depth: usize, ou
     out.push(close);
 }
 
+/// Date and time in UTC, for people.
+pub(crate) fn utc_now() -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    strftime("%F %H:%M UTC", now.map_or(0, |t| t.as_secs()))
+}
+
 /// The parts of C's `strftime` that chat templates use; unknown conversions stay as they are.
 fn strftime(format: &str, unix_seconds: u64) -> String {
     const MONTHS: [&str; 12] = [

@@ -2,10 +2,10 @@
 
 use crate::rng::SplitMix64;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A lower and an upper bound.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Interval {
     /// Lower bound.
     pub low: f64,

@@ -7,6 +7,7 @@ mod choice;
 mod generate;
 mod losses;
 mod privacy;
+mod set_scores;
 mod shared;
 pub mod tofu;
 mod tofu_partial;
@@ -15,6 +16,7 @@ pub use choice::{Answered, answer_choices};
 pub use generate::{Sampling, generate_greedy, generate_streaming};
 pub use losses::{answer_losses, answer_rows, perplexity};
 pub use privacy::{Measured, Privacy, PrivacyLogError, Retain, Sets, measure_privacy};
+pub use set_scores::{Mean, SetScores};
 pub use shared::shared_losses;
 
 use crate::data::{Record, Sample, Template, build_samples};

@@ -2,13 +2,15 @@
 //!
 //! A tensor's layer computes `W0·x + s·B(A·x) − s·B0(A0·x)`: the reference overwrites W0 with
 //! W0 − s·B0·A0, here the second pair is a frozen adapter of its own, so the quantised weights
-//! stay as they are. With plain LoRA there is no second pair.
+//! stay as they are. With plain LoRA there is no second pair. Under either there may be frozen
+//! terms of another origin ([`Beneath`]), such as a patch that is to be trained on top of.
 
 use crate::error::Error;
 use crate::graph::GraphError;
 use crate::graph::tape::{Factor, Factors};
 use crate::graph::template::Adaptable;
 use crate::graph::weights::Weights;
+use crate::patch::Update;
 use crate::project::{NetUpdate, project_lora_b};
 use crate::rng::SplitMix64;
 use crate::subspace::Subspace;
@@ -38,6 +40,22 @@ pub struct Pair {
     pub basis: Vec<f32>,
 }
 
+/// A frozen term `scale·B(A·x)` that belongs to the model as far as training is concerned: no part
+/// of the net update.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Beneath {
+    /// Index into the template's adaptable tensors.
+    pub index: usize,
+    /// Rank.
+    pub rank: usize,
+    /// Scale.
+    pub scale: f32,
+    /// A [n_in, rank].
+    pub a: Vec<f32>,
+    /// B [rank, n_out].
+    pub b: Vec<f32>,
+}
+
 /// All adapted tensors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Pairs {
@@ -45,6 +63,8 @@ pub struct Pairs {
     pub list: Vec<Pair>,
     /// s.
     pub scale: f32,
+    /// What is trained on top of, the model aside. Checkpoints do not hold it.
+    pub beneath: Vec<Beneath>,
 }
 
 impl Pairs {
@@ -84,7 +104,11 @@ impl Pairs {
                 })
             })
             .collect::<Result<_, GraphError>>()?;
-        Ok(Self { list, scale })
+        Ok(Self {
+            list,
+            scale,
+            beneath: Vec::new(),
+        })
     }
 
     /// Plain LoRA: A uniform in ±1/√n_in, B zero, as PEFT starts it. `bases`: P per tensor for
@@ -118,10 +142,43 @@ impl Pairs {
                 }
             })
             .collect();
-        Self { list, scale }
+        Self {
+            list,
+            scale,
+            beneath: Vec::new(),
+        }
     }
 
-    /// The tape's factors: all trained pairs, then all frozen ones.
+    /// The same on top of `updates`, each at a scale of the user's.
+    ///
+    /// # Errors
+    /// A tensor that is not among `adaptable`, or of another shape.
+    pub fn on_top_of<'u>(
+        mut self,
+        updates: impl IntoIterator<Item = (&'u Update, f32)>,
+        adaptable: &[Adaptable],
+    ) -> Result<Self, Error> {
+        for (u, scale) in updates {
+            let fits = |t: &Adaptable| (&t.name, t.n_in, t.n_out) == (&u.tensor, u.n_in, u.n_out);
+            let Some(index) = adaptable.iter().position(fits) else {
+                return Err(Error::Setting {
+                    setting: "lora",
+                    wanted: "a patch of tensors that can be trained on top of".into(),
+                    found: format!("{} [{}, {}]", u.tensor, u.n_in, u.n_out),
+                });
+            };
+            self.beneath.push(Beneath {
+                index,
+                rank: u.rank,
+                scale: scale * u.scale,
+                a: u.lora_a.clone(),
+                b: u.lora_b.clone(),
+            });
+        }
+        Ok(self)
+    }
+
+    /// The tape's factors: all trained pairs, then all frozen ones, then what is beneath.
     pub fn factors(&self) -> Vec<Factor> {
         let factor = |p: &Pair, scale, trainable| Factor {
             tensor: p.index,
@@ -131,8 +188,15 @@ impl Pairs {
         };
         let trained = self.list.iter().map(|p| factor(p, self.scale, true));
         let frozen = self.list.iter().filter(|p| p.initial.is_some());
+        let beneath = self.beneath.iter().map(|b| Factor {
+            tensor: b.index,
+            rank: b.rank,
+            scale: b.scale,
+            trainable: false,
+        });
         trained
             .chain(frozen.map(|p| factor(p, -self.scale, false)))
+            .chain(beneath)
             .collect()
     }
 
@@ -154,7 +218,9 @@ impl Pairs {
     pub fn write_all(&self, factors: &mut Factors) -> Result<(), Error> {
         self.write_trained(factors)?;
         let frozen = self.list.iter().filter_map(|p| p.initial.as_ref());
-        for (i, (a, b)) in frozen.enumerate() {
+        let frozen = frozen.map(|(a, b)| (a, b));
+        let beneath = self.beneath.iter().map(|b| (&b.a, &b.b));
+        for (i, (a, b)) in frozen.chain(beneath).enumerate() {
             factors.write(self.list.len() + i, a, b)?;
         }
         Ok(())

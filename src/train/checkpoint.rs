@@ -227,6 +227,7 @@ impl<S: Serialize + DeserializeOwned> Checkpoint<S> {
             pairs: Pairs {
                 list,
                 scale: meta.get("nepenthe.checkpoint.scale")?,
+                beneath: Vec::new(),
             },
             moments,
             step: meta.get("nepenthe.checkpoint.step")?,
