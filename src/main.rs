@@ -6,6 +6,8 @@ use std::error::Error as _;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    // `nepenthe diff A B | head` ends quietly, as other filters do.
+    sigpipe::reset();
     let cli = match Cli::try_parse_from(llama_style(std::env::args_os())) {
         Ok(cli) => cli,
         Err(e) => {

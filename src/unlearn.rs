@@ -148,7 +148,7 @@ pub fn unlearn(mut job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
     let (mut trainer, identity, mut state) = begin(&mut job, &sets, ui)?;
     let before = measure_both(&job, &sets, &Vec::new(), "before", ui)?;
     if let Some(level) = &state.level {
-        let from = level.source.text(job.config.stop.factor);
+        let from = level.source.text();
         ui.notice(&format!(
             "unseen level: answer NLL {:.2} ({from}); now {:.2}",
             level.nll, before.forget.nll

@@ -6,18 +6,31 @@
 //! someone else, with that one's names put right: "Where was A B born?" gets what the model says
 //! of C D, told of A B. The model has learned no such answer, and finds the words around the fact
 //! as easy as those of the true one.
+//!
+//! Answers known by heart were learned as texts, and with them whole phrases of the answers they
+//! are exchanged for: these are then easier than answers never read. Measured on three models
+//! that had learned invented people by heart, beside the same models without those people
+//! (NLL of exchanged answers, NLL of the unseen model): 0.65, 1.16 (embedded model); 1.36, 2.86
+//! (SmolLM2-135M, TOFU). Hence the level is 1.9 times the exchanged NLL where answers
+//! are near certain, and the exchanged NLL itself where they are merely known.
 
 use crate::data::{Record, Role, Sample, Template, build_samples, general_records};
 use crate::error::Error;
 use crate::model::OpenModel;
 use crate::sets::Sets;
 use crate::train::config::UnlearnConfig;
-use crate::train::engine::mean_nll;
+use crate::train::engine::{mean_nll, mean_prob};
 use crate::train::fit::Until;
 use crate::train::trainer::Trainer;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 
+/// What the NLL of exchanged answers is multiplied by where the model knows answers by heart.
+const BY_HEART: f64 = 1.9;
+/// Mean answer probability up to which answers are merely known ...
+const KNOWN: f64 = 0.7;
+/// ... and from which on they are known by heart; between them the factor grows linearly.
+const CERTAIN: f64 = 0.95;
 /// Answers that stand in for others' when there is nothing to exchange.
 const FALLBACK_ANSWERS: usize = 8;
 /// Records looked through for similar questions.
@@ -40,17 +53,22 @@ pub enum LevelSource {
     Asked,
     /// The NLL of answers that the model has never seen.
     Unseen,
-    /// A multiple of this NLL, of the forget questions with answers that belong to others.
-    Exchanged(f64),
+    /// The NLL of the forget questions with answers that belong to others, times a factor.
+    Exchanged {
+        /// That NLL.
+        nll: f64,
+        /// The factor.
+        factor: f64,
+    },
 }
 
 impl LevelSource {
-    /// In words, for a level of `factor` times the NLL of exchanged answers.
-    pub fn text(&self, factor: f64) -> String {
+    /// In words.
+    pub fn text(&self) -> String {
         match self {
             Self::Asked => "as asked".to_owned(),
             Self::Unseen => "that of the unseen answers".to_owned(),
-            Self::Exchanged(nll) => {
+            Self::Exchanged { nll, factor } => {
                 format!("{factor:.2} x the {nll:.2} of answers that are true of others")
             }
         }
@@ -95,23 +113,31 @@ pub fn unseen_level(
             source: LevelSource::Asked,
         });
     }
-    let mut mean = |samples: &[Sample]| -> Result<f64, Error> {
+    let mut losses = |samples: &[Sample]| {
         let n = stop.check_samples.min(samples.len());
         let spread: Vec<&Sample> = (0..n).map(|i| &samples[i * samples.len() / n]).collect();
-        Ok(mean_nll(&trainer.losses(&spread)?))
+        trainer.losses(&spread)
     };
     if !sets.unseen.is_empty() {
         return Ok(UnseenLevel {
-            nll: mean(&sets.unseen)?,
+            nll: mean_nll(&losses(&sets.unseen)?),
             source: LevelSource::Unseen,
         });
     }
     let exchanged = exchanged_answers(&sets.forget_records, &sets.retain_records);
     let set = build_samples(&exchanged, &open.model, template, config.train.max_tokens)?;
-    let nll = mean(&set.samples)?;
+    let nll = mean_nll(&losses(&set.samples)?);
+    let factor = match stop.factor {
+        Some(factor) => factor,
+        None => {
+            let known = mean_prob(&losses(&sets.forget)?);
+            let by_heart = ((known - KNOWN) / (CERTAIN - KNOWN)).clamp(0.0, 1.0);
+            1.0 + by_heart * (BY_HEART - 1.0)
+        }
+    };
     Ok(UnseenLevel {
-        nll: stop.factor * nll,
-        source: LevelSource::Exchanged(nll),
+        nll: factor * nll,
+        source: LevelSource::Exchanged { nll, factor },
     })
 }
 

@@ -7,15 +7,23 @@ use nepenthe::digest::of_file;
 use nepenthe::ggml::{can_encode, quantize};
 use nepenthe::gguf::{GgmlType, Gguf, GgufSet, GgufWriter, Metadata};
 use nepenthe::graph::weights::Weights;
+use nepenthe::merge::calibration::Calibration;
 use nepenthe::merge::deliver::{Delivered, Delivery, To, deliver, revert};
 use nepenthe::merge::diff::diff;
+use nepenthe::merge::imatrix::Imatrix;
 use nepenthe::merge::replace::{part_paths, prev_of};
 use nepenthe::merge::rewrite::{Form, OutType, rewrite};
+use nepenthe::merge::same_grid::{Options, fit};
 use nepenthe::patch::{Patch, Update};
 use std::fs;
 use std::path::{Path, PathBuf};
 use support::{fails, json, mini};
 
+/// Types whose codes are steps on a grid.
+const GRIDS: [&str; 13] = [
+    "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_K", "q3_K", "q4_K", "q5_K",
+    "q6_K",
+];
 const N_IN: usize = 256;
 const N_OUT: usize = 8;
 
@@ -159,6 +167,85 @@ fn revert_gives_back_every_type_split_and_not() {
     }
 }
 
+/// An importance matrix for `blocks`, as llama-imatrix writes it.
+fn imatrix(path: &Path, blocks: std::ops::Range<usize>) {
+    let mut meta = Metadata::new();
+    meta.set("general.type", "imatrix");
+    let squares: Vec<f32> = noise(N_IN, 77).iter().map(|v| 10.0 * v * v + 0.1).collect();
+    let bytes: Vec<u8> = squares.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let count = 10f32.to_le_bytes();
+    let mut file = GgufWriter::new(path, meta);
+    for block in blocks {
+        let named = |part: &str| format!("{}.{part}", name(block));
+        let (sums, counts) = (named("in_sum2"), named("counts"));
+        file.tensor_from_bytes(&sums, &[N_IN as u64, 1], GgmlType::F32, &bytes)
+            .expect("a good tensor");
+        file.tensor_from_bytes(&counts, &[1, 1], GgmlType::F32, &count)
+            .expect("a good tensor");
+    }
+    file.save(true).expect("room");
+}
+
+#[test]
+fn a_same_grid_merge_of_every_type_keeps_sizes_and_is_undone_split_and_not() {
+    let types = types();
+    for count in [1, 3] {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let at = |name: &str| dir.path().join(name);
+        let parts = model(dir.path(), &types, count);
+        let patch = lora(&at("p.gguf"), 0..types.len(), 0.3);
+        imatrix(&at("imatrix.gguf"), 0..types.len());
+        let before = digests(&parts);
+        let weights = Weights::open(&parts[0]).expect("good");
+        let patches = [(patch, 1.0)];
+        let moments = Imatrix::open(&at("imatrix.gguf")).expect("a good matrix");
+        let fitted = fit(
+            &weights,
+            &patches,
+            &Calibration::Imatrix(moments),
+            &Options::default(),
+            dir.path(),
+            &mut |_, _| {},
+        )
+        .expect("fitted");
+        let form = Form {
+            join: false,
+            record: false,
+        };
+        let files = fitted.files(&weights, &patches, form).expect("planned");
+        let (out, undo) = (at("merged.gguf"), at("undo"));
+        let how = Delivery {
+            to: To::File(&out),
+            undo: Some(&undo),
+            force: false,
+        };
+        let done = deliver(weights.set(), files, how, |_| Ok(())).expect("merged");
+        assert_eq!(done.files.len(), count);
+        let sizes = |paths: &[PathBuf]| -> Vec<u64> {
+            let len = |p: &PathBuf| fs::metadata(p).expect("there").len();
+            paths.iter().map(len).collect()
+        };
+        assert_eq!(sizes(&done.files), sizes(&parts));
+        for (ty, o) in types.iter().zip(&fitted.outcomes) {
+            // Types without a grid stay, and the outcome says so.
+            let merged = o.action.is_some();
+            assert_eq!(merged, GRIDS.contains(&ty.name()), "{ty}: {o:?}");
+            assert_eq!(o.from, o.to, "{ty}");
+            assert_eq!(o.codes_changed > 0, merged, "{ty}: {o:?}");
+        }
+        let merged = GgufSet::open(&done.files[0]).expect("a good model");
+        let changed = diff(&GgufSet::open(&parts[0]).expect("good"), &merged).expect("read");
+        let n_merged = fitted
+            .outcomes
+            .iter()
+            .filter(|o| o.action.is_some())
+            .count();
+        assert_eq!(changed.tensors.len(), n_merged);
+        let back = revert(&merged, &undo, &at("back.gguf"), false).expect("reverted");
+        assert_eq!(digests(&back), before, "{count} parts");
+    }
+}
+
 #[test]
 fn in_place_keeps_the_old_parts_and_the_names() {
     let dir = tempfile::tempdir().expect("a temporary directory");
@@ -273,12 +360,13 @@ fn a_stack_of_merges_reverts_in_order_and_only_so() {
             text(&undo),
             "--out-type",
             "keep",
+            "--no-gate",
             "--json",
         ];
         json(&[&args[..], &tail].concat())
     };
     let report = merge(&base, &one, "m1.gguf", "u1");
-    assert_eq!(report["tensors"].as_array().map(Vec::len), Some(1));
+    assert_eq!(report["rewritten"].as_array().map(Vec::len), Some(1));
     assert_eq!(
         report["modelfile"].as_str(),
         Some(format!("FROM {}\n", at("m1.gguf").display()).as_str())
@@ -371,6 +459,9 @@ fn in_place_confirm_and_restore_as_commands() {
         "--lora",
         text(&one),
         "--in-place",
+        "--out-type",
+        "keep",
+        "--no-gate",
         "--json",
     ];
     let report = json(&merge);
@@ -414,7 +505,8 @@ fn in_place_confirm_and_restore_as_commands() {
         text(&out),
         "--join",
     ];
-    let report = json(&[&joined[..], &["--json"]].concat());
+    let how = ["--out-type", "keep", "--no-gate", "--json"];
+    let report = json(&[&joined[..], &how].concat());
     assert_eq!(report["files"].as_array().map(Vec::len), Some(1));
     assert!(report["modelfile"].is_string());
     assert_eq!(GgufSet::open(&out).expect("good").parts().len(), 1);

@@ -221,7 +221,7 @@ impl MethodArgs {
         set(&mut c.train.lambda, self.lambda);
         set(&mut c.train.rol, self.rol);
         c.stop.nll = self.until.or(c.stop.nll);
-        set(&mut c.stop.factor, self.factor);
+        c.stop.factor = self.factor.or(c.stop.factor);
         set(&mut c.stop.check_every, self.check_every);
         set(&mut c.stop.settle, self.settle);
         set(&mut c.stop.max_steps, self.max_steps);

@@ -219,7 +219,7 @@ fn load_questions(
 /// # Errors
 /// What is no such question, with its line.
 pub fn parse_wmdp(text: &str, path: &Path) -> Result<Vec<Question>, DataError> {
-    parse_objects(text, path, &|value| {
+    parse_objects(text, path, |value| {
         let Value::Object(map) = value else {
             return Err(RecordProblem::NotAnObject {
                 found: type_name(&value),

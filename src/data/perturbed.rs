@@ -25,7 +25,7 @@ pub fn load_perturbed(path: &Path) -> Result<Option<Vec<Perturbed>>, DataError> 
     if !is_json(path) {
         return Ok(None);
     }
-    let all = parse_objects(&read_text(path)?, path, &perturbed)?;
+    let all = parse_objects(&read_text(path)?, path, perturbed)?;
     Ok(all.into_iter().collect())
 }
 

@@ -124,7 +124,7 @@ impl Weights {
 /// `dX = Wᵀ·dY` is then one `mul_mat` at full speed, where ggml's own rule decodes all of
 /// W once per token. Cost: two bytes a weight; relative error of the product 2.4e-3.
 ///
-/// Types that ggml multiplies one dot product at a time ([`is_slow`]) get a plain BF16 copy for
+/// Types that ggml multiplies one dot product at a time (Q4_1, Q5_1) get a plain BF16 copy for
 /// the forward pass as well.
 #[derive(Default)]
 pub struct Transposed {

@@ -136,16 +136,28 @@ impl<'a> Row<'a> {
                     continue;
                 }
                 let least = cost.max(0.0) + LEAST_GAIN * a * a * curvature;
-                if let Some(k) = self.partner(j, a, &steps, &costs, least) {
-                    moved += usize::from(self.try_pair((j, q, v, cost), k, steps[k], least));
+                if let Some((k, p, u, lowers)) = self.partner(j, a, &steps, &costs, least) {
+                    self.set(j, q, v);
+                    self.set(k, p, u);
+                    self.n_moves += 2;
+                    self.gain += f64::from(lowers - cost);
+                    moved += 1;
                 }
             }
         }
         moved
     }
 
-    /// The k whose best single step after moving j by `a` gains most, if that is over `least`.
-    fn partner(&self, j: usize, a: f32, steps: &[f32], costs: &[f32], least: f32) -> Option<usize> {
+    /// The code k whose step gains most once j has moved by `a`, if that is over `least`, with its
+    /// new code, new value and gain.
+    fn partner(
+        &self,
+        j: usize,
+        a: f32,
+        steps: &[f32],
+        costs: &[f32],
+        least: f32,
+    ) -> Option<(usize, i32, f32, f32)> {
         let n = self.f.n_in;
         let h = self.f.h_row(j);
         let gain = |g: f32, h: f32, s: f32, c: f32| 2.0 * s * (g - a * h).abs() - c;
@@ -166,30 +178,21 @@ impl<'a> Row<'a> {
         if best <= least {
             return None;
         }
-        // Taking j back gains its cost, which is below `least`.
-        (0..n).find(|&k| k != j && gain(self.gradient[k], h[k], steps[k], costs[k]) == best)
-    }
-
-    /// Move j as given and k one step down its slope, if together they gain over `least`.
-    fn try_pair(
-        &mut self,
-        (j, q, v, cost): (usize, i32, f32, f32),
-        k: usize,
-        step: f32,
-        least: f32,
-    ) -> bool {
-        let h = self.f.h_row(j)[k];
-        let slope = self.gradient[k] - (v - self.value[j]) * h;
-        let (p, u) = self.nearest(k, self.value[k] + step.copysign(slope));
-        let b = u - self.value[k];
-        let lowers = b * (2.0 * slope - b * self.curvature(k));
-        if p == self.code[k] || lowers <= least {
-            return false;
+        // A step may lead off the grid: the largest gain need not be one that can be had.
+        let mut found = None;
+        let mut most = least;
+        for k in (0..n).filter(|&k| k != j) {
+            if gain(self.gradient[k], h[k], steps[k], costs[k]) <= most {
+                continue;
+            }
+            let slope = self.gradient[k] - a * h[k];
+            let (p, u) = self.nearest(k, self.value[k] + steps[k].copysign(slope));
+            let b = u - self.value[k];
+            let lowers = b * (2.0 * slope - b * self.curvature(k));
+            if p != self.code[k] && lowers > most {
+                (found, most) = (Some((k, p, u, lowers)), lowers);
+            }
         }
-        self.set(j, q, v);
-        self.set(k, p, u);
-        self.n_moves += 2;
-        self.gain += f64::from(lowers - cost);
-        true
+        found
     }
 }

@@ -238,7 +238,7 @@ fn no_row_is_worse_than_plain_rounding_and_every_pass_lowers_the_loss() {
     let h = moments(N, &mut SplitMix64(3));
     let factor = Factor::new(h.clone(), N, 0.01).unwrap();
     for ty in TYPES {
-        let case = Case::new(ty, N, ROWS, 0.01, 7);
+        let case = Case::new(ty, N, 8, 0.01, 7);
         let (plain, _) = case.round(None, sweep_only());
         let mut above = case.losses(&plain, &factor.moments());
         for (passes, pair_passes) in [(0, 0), (1, 0), (20, 0), (20, 20)] {

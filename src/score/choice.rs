@@ -180,8 +180,10 @@ fn group(paths: &[Path], first: usize, n_batch: usize) -> (usize, usize) {
 /// Let sequence 0 hold `wanted` and nothing else.
 fn hold(context: &mut Context, held: &mut Vec<Token>, wanted: &[Token]) -> Result<(), Error> {
     let mut keep = common(held, wanted);
-    if keep < held.len() && context.model().n_swa() > 0 {
-        // A sliding window has dropped what stood before the part that goes.
+    let model = context.model();
+    if keep < held.len() && (model.n_swa() > 0 || model.is_recurrent()) {
+        // A sliding window has dropped what stood before the part that goes, and a recurrent
+        // state cannot go back.
         keep = 0;
     }
     context.forget(0, keep as i32);

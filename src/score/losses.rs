@@ -33,7 +33,6 @@ pub fn answer_losses(
         nll: nll.iter().sum(),
         loss: nll.iter().sum(),
         n_tokens: nll.len(),
-        ..SampleLoss::default()
     };
     Ok(rows.into_iter().map(sum).collect())
 }

@@ -281,8 +281,8 @@ pub struct StopConfig {
     /// Mean answer NLL (nats per token) that counts as unseen; none: measured, as `factor` times
     /// the NLL of the forget prompts with each other's answers, before training.
     pub nll: Option<f64>,
-    /// See `nll`.
-    pub factor: f64,
+    /// See `nll`; none: from how well the forget set is known ([`crate::unseen`]).
+    pub factor: Option<f64>,
     /// Steps between checks of the forget set.
     pub check_every: usize,
     /// Forget samples in a check (spread over the set).
@@ -297,7 +297,7 @@ impl Default for StopConfig {
     fn default() -> Self {
         Self {
             nll: None,
-            factor: 1.25,
+            factor: None,
             check_every: 4,
             check_samples: 64,
             settle: 12,
@@ -315,13 +315,15 @@ impl StopConfig {
         at_least("check-every", self.check_every, 1)?;
         at_least("check-samples", self.check_samples, 1)?;
         at_least("max-steps", self.max_steps, 1)?;
-        in_range(
-            "factor",
-            self.factor as f32,
-            0.1,
-            10.0,
-            "a number from 0.1 to 10",
-        )?;
+        if let Some(factor) = self.factor {
+            in_range(
+                "factor",
+                factor as f32,
+                0.1,
+                10.0,
+                "a number from 0.1 to 10",
+            )?;
+        }
         if let Some(nll) = self.nll {
             in_range(
                 "until",

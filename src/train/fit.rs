@@ -32,8 +32,8 @@ const MAX_BOOST: f32 = 8.0;
 const HALVINGS: usize = 6;
 /// While settling, samples below this share of the level are pushed again.
 const FALLEN_BACK: f64 = 0.6;
-/// Most warm-up steps by default.
-const MAX_WARMUP: usize = 10;
+/// Warm-up steps towards a level: a few samples may be forgotten in as many steps.
+const WARMUP: usize = 10;
 
 /// When to stop.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -231,13 +231,15 @@ pub fn fit(
                         if check.nll >= level || check.below <= LEFT_OVER {
                             state.settled_at = Some(trainer.step);
                             state.before = None;
+                            // What was gathered pulled towards forgetting, and would go on.
+                            trainer.rest();
                         } else {
                             if let (Some(first), Some(last)) =
                                 (state.checks.first(), state.checks.last())
                             {
                                 let slow =
                                     check.nll - last.nll < (level - first.nll) / CHECKS_TO_LEVEL;
-                                let warm = step > config.warmup.unwrap_or(pass.min(MAX_WARMUP));
+                                let warm = step > config.warmup.unwrap_or(WARMUP);
                                 if slow && warm {
                                     state.boost = (state.boost * BOOST).min(MAX_BOOST);
                                 }
@@ -270,7 +272,7 @@ pub fn fit(
                         (lr, since as usize + stop.settle)
                     }
                     None => {
-                        let warmup = config.warmup.unwrap_or(pass.min(MAX_WARMUP));
+                        let warmup = config.warmup.unwrap_or(WARMUP);
                         let up = (step + 1) as f32 / warmup.max(1) as f32;
                         (config.lr * state.boost * up.min(1.0), stop.max_steps)
                     }

@@ -193,6 +193,13 @@ impl<'m> Trainer<'m> {
         })
     }
 
+    /// Forget the running direction of the optimiser (AdamW's first moments), not its scale.
+    pub fn rest(&mut self) {
+        for m in &mut self.moments {
+            m.m.fill(0.0);
+        }
+    }
+
     /// Parameters were changed from outside: bring them into the graphs' memory.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! What differs between two GGUF models, tensor by tensor, a megabyte at a time.
 //!
 //! Per tensor of both: bytes that differ; where the type separates them, codes and scale bytes
-//! that differ (see [`codes`]); decoded values that differ; and ‖A − B‖/‖A‖ (Frobenius, f64
+//! that differ (`codes.rs` says how); decoded values that differ; and ‖A − B‖/‖A‖ (Frobenius, f64
 //! sums over f32 values).
 
 mod codes;

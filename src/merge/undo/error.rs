@@ -82,24 +82,30 @@ pub enum UndoError {
     },
     #[error("{}: {} is the original already: this undo has been applied", path.display(), model.display())]
     Original { path: PathBuf, model: PathBuf },
-    #[error(
-        "{}: takes back {} from {name} (sha256 {wanted}..., {n_wanted} file(s)); {} is another file (sha256 {found}..., {n_found} file(s)){}",
-        path.display(),
-        if takes_back.is_empty() { "the changes" } else { takes_back },
-        model.display(),
-        last.as_ref().map_or(String::new(), |l| format!(", whose last merged patch is {l}: revert that one first"))
-    )]
-    Other {
-        path: PathBuf,
-        model: PathBuf,
-        name: String,
-        wanted: String,
-        n_wanted: usize,
-        takes_back: String,
-        found: String,
-        n_found: usize,
-        last: Option<String>,
-    },
+    #[error("{0}")]
+    Other(Box<Mismatch>),
+}
+
+/// An undo file and a model that is not the one it was made for.
+#[allow(missing_docs, reason = "the message says what each field holds")]
+#[derive(Debug, Error)]
+#[error(
+    "{}: takes back {} from {name} (sha256 {wanted}..., {n_wanted} file(s)); {} is another file (sha256 {found}..., {n_found} file(s)){}",
+    path.display(),
+    if takes_back.is_empty() { "the changes" } else { takes_back },
+    model.display(),
+    last.as_ref().map_or(String::new(), |l| format!(", whose last merged patch is {l}: revert that one first"))
+)]
+pub struct Mismatch {
+    pub path: PathBuf,
+    pub model: PathBuf,
+    pub name: String,
+    pub wanted: String,
+    pub n_wanted: usize,
+    pub takes_back: String,
+    pub found: String,
+    pub n_found: usize,
+    pub last: Option<String>,
 }
 
 impl UndoError {
@@ -107,7 +113,7 @@ impl UndoError {
     pub fn is_mismatch(&self) -> bool {
         matches!(
             self,
-            Self::Version { .. } | Self::Original { .. } | Self::Other { .. }
+            Self::Version { .. } | Self::Original { .. } | Self::Other(_)
         )
     }
 }

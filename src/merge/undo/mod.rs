@@ -7,7 +7,7 @@
 //! File, little-endian: magic, version u32, parts of the original u32, parts of the merged
 //! model u32, length of the text u32; per part, original first, its length u64 and SHA-256; the
 //! text (JSON, for people: names and the patches taken back); length of the body u64; the body
-//! (zlib, see [`blocks`]); SHA-256 of all that.
+//! (zlib; `blocks.rs` has its form); SHA-256 of all that.
 
 pub(crate) mod blocks;
 mod decode;
@@ -19,9 +19,10 @@ mod hostile_tests;
 #[cfg(test)]
 mod tests;
 
-pub use error::{BodyError, UndoError};
+pub use error::{BodyError, Mismatch, UndoError};
 pub use header::{About, FileId};
 
+use super::record::KEY_NAMES;
 use crate::atomic::write_atomic_verified;
 use crate::error::Error;
 use crate::gguf::Gguf;
@@ -136,11 +137,11 @@ impl Undo {
             return Err(UndoError::Original { path, model }.into());
         }
         // Of the first part that differs, or of the whole when their number does.
-        let pairs = self.header.merged.iter().zip(&found);
-        let differ = pairs.clone().find(|(a, b)| a != b).or(pairs.last());
+        let mut pairs = self.header.merged.iter().zip(&found);
+        let differ = pairs.clone().find(|(a, b)| a != b).or(pairs.next_back());
         let (wanted, found_id) = differ.expect("both have a part: neither may be empty");
-        let last: Option<Vec<String>> = parts[0].metadata().get_opt("nepenthe.merged.name")?;
-        Err(UndoError::Other {
+        let last: Option<Vec<String>> = parts[0].metadata().get_opt(KEY_NAMES)?;
+        Err(UndoError::Other(Box::new(Mismatch {
             path,
             model,
             name: self.header.about.merged.clone(),
@@ -150,7 +151,7 @@ impl Undo {
             found: found_id.digest.short(),
             n_found: found.len(),
             last: last.and_then(|names| names.last().cloned()),
-        }
+        }))
         .into())
     }
 

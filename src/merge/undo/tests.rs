@@ -152,7 +152,7 @@ fn another_model_and_the_original_are_told_apart() {
     let e = undo.check(&parts[..1]).expect_err("the original");
     assert!(matches!(e, Error::Undo(UndoError::Original { .. })), "{e}");
     let e = undo.check(&parts[2..]).expect_err("another");
-    assert!(matches!(e, Error::Undo(UndoError::Other { .. })), "{e}");
+    assert!(matches!(e, Error::Undo(UndoError::Other(_))), "{e}");
     assert!(e.to_string().contains("takes back p.gguf from b"), "{e}");
     assert_eq!(e.exit_code(), 4);
     // An undo file is never replaced unasked.

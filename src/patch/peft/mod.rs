@@ -10,7 +10,7 @@
 //!
 //! Trap: Hugging Face's Llama turns the two halves of a head's rows against each other where
 //! llama.cpp's `llama` turns neighbours, so converted files have the rows of q and k
-//! reordered, and the rows of B must follow (see [`interleaved`]).
+//! reordered, and the rows of B must follow.
 
 mod config;
 mod names;

@@ -252,7 +252,8 @@ fn bad_tensors_are_refused() {
     let e = peft(tensors_error(&file(&[(other, "F32", &[1, 16])], 0)));
     assert!(e.to_string().contains("model.layers.0.conv"), "{e}");
     assert!(matches!(e, PeftError::Module { .. }), "{e}");
-    let cases: [(&[(&str, &str, &[usize])], u8, &str); 6] = [
+    type Tensors<'a> = &'a [(&'a str, &'a str, &'a [usize])];
+    let cases: [(Tensors<'_>, u8, &str); 6] = [
         (&[(a, "F32", &[1, 16])], 0, "one of them"),
         (&[(embedding, "F32", &[1, 16])], 0, "lora_embedding_A"),
         (&[(a, "F64", &[1, 16]), (b, "F64", &[8, 1])], 0, "F64"),
