@@ -8,7 +8,8 @@
 //! `/proc/PID/status`: its peak (`VmHWM`, the kernel's own), and what is mapped from files
 //! (`RssFile`) and what is not (`RssAnon`), sampled. One matrix is H of the widest input in f32,
 //! a GB 10^9 bytes. Then the merged file must open, differ from the model in every adapted tensor
-//! and in no other, and revert to the very bytes. `--nepenthe` times another build of the program.
+//! and in no other, and revert to the very bytes. `--nepenthe` names another build of
+//! the program.
 
 #[path = "shapes/blocks.rs"]
 mod blocks;
@@ -53,15 +54,13 @@ fn main() -> Fallible<()> {
     let file_len = llama::write_model(&bench.model, &shape, &vocabulary, 1)?;
     let n_adapted = llama::write_patch(&bench.patch, &bench.model, &shape, 2)?;
     let used = bench.merge(&args)?;
-    let matrix = 4 * (shape.widest() as u64).pow(2);
+    let widest = shape.n_ff.max(shape.n_embd);
+    let matrix = 4 * (widest as u64).pow(2);
     let bound = file_len + 1_000_000_000 + matrix;
     let mb = |bytes: u64| bytes as f64 / 1e6;
     println!(
-        "{} shape, {} blocks: {} tensors, widest input {}",
-        shape.name,
-        shape.n_layer,
-        n_adapted,
-        shape.widest()
+        "{} shape, {} blocks: {n_adapted} tensors, widest input {widest}",
+        shape.name, shape.n_layer
     );
     println!("{:<34} {:>8.0} MB", "file", mb(file_len));
     println!("{:<34} {:>8.0} MB", "one matrix", mb(matrix));

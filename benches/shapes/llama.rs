@@ -83,11 +83,6 @@ impl Shape {
         Ok(shape)
     }
 
-    /// Input width of the widest matrix.
-    pub fn widest(&self) -> usize {
-        self.n_ff.max(self.n_embd)
-    }
-
     /// As llama.cpp's quantiser gives attn_v and ffn_down more bits (`use_more_bits` in
     /// `llama-quant.cpp`): the first and last eighth, and every third in between.
     fn more_bits(&self, block: usize) -> bool {
