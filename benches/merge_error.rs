@@ -402,10 +402,10 @@ fn main() -> Result<()> {
         let held_f = held_forget.mean(i);
         let held_r = held_retain.mean(i);
         let h = mix(&fit_r, &fit_f, n_in, args.lambda)?;
-        let timer = Instant::now();
-        let factor = Factor::new(&h, n_in, args.damping)?;
-        let factor_s = timer.elapsed().as_secs_f64();
         let importance: Vec<f32> = h.iter().step_by(n_in + 1).copied().collect();
+        let timer = Instant::now();
+        let factor = Factor::new(h, n_in, args.damping)?;
+        let factor_s = timer.elapsed().as_secs_f64();
         let base = weights.bytes(&t.name)?;
         let w = weights.decoded(&t.name)?;
         let grid = Grid::new(t.ty, n_in)?;

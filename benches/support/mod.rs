@@ -25,6 +25,16 @@ impl Args {
         self.0.get(at + 1).map(String::as_str)
     }
 
+    pub fn has(&self, flag: &str) -> bool {
+        self.0.iter().any(|a| a == flag)
+    }
+
+    /// The number after `flag`, if it is there.
+    pub fn number(&self, flag: &str) -> Fallible<Option<usize>> {
+        let found = self.value(flag).map(str::parse).transpose();
+        found.map_err(|e| format!("{flag}: {e}").into())
+    }
+
     /// Model and TOFU folder, or the printed reason why the bench is skipped.
     pub fn inputs(&self) -> Option<(PathBuf, PathBuf)> {
         let model = self
@@ -54,6 +64,11 @@ impl Args {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(if cores > 1 { vec![1, cores] } else { vec![1] })
     }
+}
+
+/// The embedded model.
+pub fn mini() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("models/nepenthe-mini.gguf")
 }
 
 fn cache() -> PathBuf {
@@ -88,6 +103,16 @@ impl Sets {
 
 /// User and system time of this process, all threads, to the clock tick.
 pub fn cpu_seconds() -> Fallible<f64> {
+    cpu_at(11)
+}
+
+/// The same of all children that have ended.
+pub fn child_cpu_seconds() -> Fallible<f64> {
+    cpu_at(13)
+}
+
+/// Two neighbouring times in `/proc/self/stat`, fields counted from the one after the name.
+fn cpu_at(first: usize) -> Fallible<f64> {
     let stat = std::fs::read_to_string("/proc/self/stat")?;
     let fields: Vec<&str> = stat
         .rsplit_once(')')
@@ -95,7 +120,7 @@ pub fn cpu_seconds() -> Fallible<f64> {
         .1
         .split_whitespace()
         .collect();
-    let ticks: f64 = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
+    let ticks: f64 = fields[first].parse::<f64>()? + fields[first + 1].parse::<f64>()?;
     // Linux reports in USER_HZ, which is 100 on every architecture this runs on.
     Ok(ticks / 100.0)
 }

@@ -80,7 +80,7 @@ impl<'a> Row<'a> {
     }
 
     fn curvature(&self, j: usize) -> f32 {
-        self.f.h[j * self.f.n_in + j]
+        self.f.h_row(j)[j]
     }
 
     fn nearest(&self, j: usize, v: f32) -> (i32, f32) {
@@ -105,8 +105,7 @@ impl<'a> Row<'a> {
     fn set(&mut self, j: usize, q: i32, v: f32) {
         let by = v - self.value[j];
         (self.code[j], self.value[j]) = (q, v);
-        let n = self.f.n_in;
-        for (g, h) in self.gradient.iter_mut().zip(&self.f.h[j * n..(j + 1) * n]) {
+        for (g, h) in self.gradient.iter_mut().zip(self.f.h_row(j)) {
             *g -= by * h;
         }
     }
@@ -160,7 +159,7 @@ impl<'a> Row<'a> {
         least: f32,
     ) -> Option<(usize, i32, f32, f32)> {
         let n = self.f.n_in;
-        let h = &self.f.h[j * n..(j + 1) * n];
+        let h = self.f.h_row(j);
         let gain = |g: f32, h: f32, s: f32, c: f32| 2.0 * s * (g - a * h).abs() - c;
         let mut best = [0f32; LANES];
         let lanes = self

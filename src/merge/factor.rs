@@ -12,15 +12,19 @@
 use super::error::RoundError;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
-use faer::{Mat, Par};
+use faer::{MatMut, MatRef, Par};
 
-/// H and its factor: 8·n_in² bytes, and another 8·n_in² while it is made.
+/// Columns and rows turned over at a time: two tiles in cache.
+const TILE: usize = 64;
+
+/// H and its factor: 8·n_in² bytes, and another 4·n_in² (the caller's H) while it is made.
+///
+/// The factorisation runs in place, in f64; what it leaves is rounded where it lies, so that row j
+/// of the buffer ends as row j of H and then of U: two rows of f32 for one of f64.
 pub struct Factor {
     pub(super) n_in: usize,
-    /// H with damping [n_in, n_in].
-    pub(super) h: Vec<f32>,
-    /// U [n_in, n_in], row j holds U_jk; 1 on the diagonal, 0 below.
-    pub(super) unit: Vec<f32>,
+    /// Rows of H with damping and of U in turn, as f32 [2·n_in, n_in].
+    rows: Vec<f64>,
     /// D [n_in].
     pub(super) d: Vec<f32>,
     /// Largest |H_jk| beside the diagonal, per row [n_in].
@@ -34,60 +38,64 @@ impl Factor {
     /// # Errors
     /// A slice of another length, a value that is not finite, a matrix that is not positive
     /// definite in spite of the damping.
-    pub fn new(h: &[f32], n_in: usize, damping: f64) -> Result<Self, RoundError> {
-        check(h, n_in)?;
-        let mean = trace(h, n_in) / n_in.max(1) as f64;
+    pub fn new(mut h: Vec<f32>, n_in: usize, damping: f64) -> Result<Self, RoundError> {
+        check(&h, n_in)?;
+        let mean = trace(&h, n_in) / n_in.max(1) as f64;
         let ridge = if mean == 0.0 { 1.0 } else { damping * mean };
-        // Reversed in both directions, the lower factor L of A becomes the upper one of H.
-        let last = n_in.saturating_sub(1);
-        let mut a = Mat::<f64>::from_fn(n_in, n_in, |i, j| {
-            let (i, j) = (last - i, last - j);
-            let mean = 0.5 * (f64::from(h[i * n_in + j]) + f64::from(h[j * n_in + i]));
-            if i == j { mean + ridge } else { mean }
-        });
-        let damped = |i: usize, j: usize| a[(last - i, last - j)] as f32;
-        let mut kept = vec![0f32; n_in * n_in];
-        for (i, row) in kept.chunks_exact_mut(n_in.max(1)).enumerate() {
-            for (j, v) in row.iter_mut().enumerate() {
-                *v = damped(i, j);
+        // Reversed in both directions, the lower factor L of A becomes the upper one of H. To
+        // reverse both is to reverse the buffer.
+        let mut a = vec![0f64; n_in * n_in];
+        for i in 0..n_in {
+            for j in i..n_in {
+                let (ij, ji) = (i * n_in + j, j * n_in + i);
+                let mut v = 0.5 * (f64::from(h[ij]) + f64::from(h[ji]));
+                if i == j {
+                    v += ridge;
+                }
+                // All that faer reads.
+                a[ji] = v;
+                (h[ij], h[ji]) = (v as f32, v as f32);
             }
         }
+        a.reverse();
         // On this thread: the result must not depend on their number, and a caller with many
         // tensors factors several at once.
         let scratch = cholesky_in_place_scratch::<f64>(n_in, Par::Seq, Default::default());
         cholesky_in_place(
-            a.as_mut(),
+            MatMut::from_column_major_slice_mut(&mut a, n_in, n_in),
             Default::default(),
             Par::Seq,
             MemStack::new(&mut MemBuffer::new(scratch)),
             Default::default(),
         )
         .map_err(|_| RoundError::NotPositive { n_in, damping })?;
-        let diagonal: Vec<f64> = (0..n_in).map(|k| a[(last - k, last - k)]).collect();
+        a.reverse();
+        let diagonal: Vec<f64> = a.iter().step_by(n_in + 1).copied().collect();
         if !diagonal.iter().all(|d| d.is_finite() && *d > 0.0) {
             return Err(RoundError::NotPositive { n_in, damping });
         }
-        let mut unit = vec![0f32; n_in * n_in];
-        for (j, row) in unit.chunks_exact_mut(n_in.max(1)).enumerate() {
-            row[j] = 1.0;
-            for (k, u) in row.iter_mut().enumerate().skip(j + 1) {
-                *u = (a[(last - j, last - k)] / diagonal[k]) as f32;
+        transpose_lower(&mut a, n_in);
+        let mut coupling = Vec::with_capacity(n_in);
+        let mut unit = vec![0f32; n_in];
+        for j in 0..n_in {
+            let h = &h[j * n_in..(j + 1) * n_in];
+            let beside = h.iter().enumerate().filter(|(k, _)| *k != j);
+            coupling.push(beside.fold(0f32, |m, (_, h)| m.max(h.abs())));
+            let row = &mut a[j * n_in..(j + 1) * n_in];
+            unit[..j].fill(0.0);
+            unit[j] = 1.0;
+            for k in j + 1..n_in {
+                unit[k] = (row[k] / diagonal[k]) as f32;
             }
+            let (h_row, unit_row) = bytemuck::cast_slice_mut(row).split_at_mut(n_in);
+            h_row.copy_from_slice(h);
+            unit_row.copy_from_slice(&unit);
         }
-        let coupling = kept
-            .chunks_exact(n_in.max(1))
-            .enumerate()
-            .map(|(j, row)| {
-                let beside = row.iter().enumerate().filter(|(k, _)| *k != j);
-                beside.fold(0f32, |m, (_, h)| m.max(h.abs()))
-            })
-            .collect();
         Ok(Self {
             n_in,
-            coupling,
-            h: kept,
-            unit,
+            rows: a,
             d: diagonal.iter().map(|d| (d * d) as f32).collect(),
+            coupling,
         })
     }
 
@@ -96,9 +104,47 @@ impl Factor {
         self.n_in
     }
 
-    /// The damped second moments [n_in, n_in].
-    pub fn moments(&self) -> &[f32] {
-        &self.h
+    /// The damped second moments [n_in, n_in], copied.
+    pub fn moments(&self) -> Vec<f32> {
+        (0..self.n_in)
+            .flat_map(|j| self.h_row(j))
+            .copied()
+            .collect()
+    }
+
+    fn row(&self, j: usize) -> &[f32] {
+        bytemuck::cast_slice(&self.rows[j * self.n_in..(j + 1) * self.n_in])
+    }
+
+    /// Row j of H with damping [n_in].
+    pub(super) fn h_row(&self, j: usize) -> &[f32] {
+        &self.row(j)[..self.n_in]
+    }
+
+    /// Row j of U [n_in]; 1 on the diagonal, 0 before.
+    pub(super) fn unit_row(&self, j: usize) -> &[f32] {
+        &self.row(j)[self.n_in..]
+    }
+
+    /// U.
+    pub(super) fn unit(&self) -> MatRef<'_, f32> {
+        let (n, rows) = (self.n_in, bytemuck::cast_slice::<f64, f32>(&self.rows));
+        // Of the last row nothing follows U.
+        let from_u = rows.get(n..).unwrap_or_default();
+        MatRef::from_row_major_slice_with_stride(from_u, n, n, 2 * n)
+    }
+}
+
+/// Row-major, the lower triangle onto the upper one.
+fn transpose_lower(a: &mut [f64], n: usize) {
+    for top in (0..n).step_by(TILE) {
+        for left in (0..=top).step_by(TILE) {
+            for i in top..(top + TILE).min(n) {
+                for j in left..(left + TILE).min(i) {
+                    a[j * n + i] = a[i * n + j];
+                }
+            }
+        }
     }
 }
 

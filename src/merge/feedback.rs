@@ -212,14 +212,14 @@ impl Tile {
                     self.residual[i] = f.d[k] * (wanted - value);
                     if e != 0.0 {
                         let later = &mut self.work[i + 1..row + end];
-                        for (w, u) in later.iter_mut().zip(&f.unit[k * n + k + 1..]) {
+                        for (w, u) in later.iter_mut().zip(&f.unit_row(k)[k + 1..]) {
                             *w += e * u;
                         }
                     }
                 }
             }
             if end < n {
-                let u = MatRef::from_row_major_slice(&f.unit, n, n);
+                let u = f.unit();
                 let e = MatRef::from_row_major_slice(&self.error, self.code.len() / n, n);
                 let rows = self.code.len() / n;
                 let w = MatMut::from_row_major_slice_mut(&mut self.work, rows, n);
@@ -262,7 +262,7 @@ impl Tile {
         }
         for first in (0..n).step_by(WIDE) {
             let end = (first + WIDE).min(n);
-            let u = MatRef::from_row_major_slice(&f.unit, n, n);
+            let u = f.unit();
             matmul(
                 MatMut::from_row_major_slice_mut(&mut self.gradient, rows, n)
                     .subcols_mut(first, end - first),
@@ -298,7 +298,7 @@ impl Tile {
     /// E·H = residual·Uᵀ, of which only the upper triangle counts.
     fn gradient(&mut self, f: &Factor) {
         let (n, rows) = (self.n, self.n_rows());
-        let u = MatRef::from_row_major_slice(&f.unit, n, n);
+        let u = f.unit();
         let y = MatRef::from_row_major_slice(&self.residual, rows, n);
         for first in (0..n).step_by(WIDE) {
             let wide = WIDE.min(n - first);

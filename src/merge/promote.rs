@@ -112,7 +112,7 @@ mod tests {
                 }
             }
         }
-        let factor = Factor::new(&h, n, 0.01).unwrap();
+        let factor = Factor::new(h.clone(), n, 0.01).unwrap();
         let delta: Vec<f32> = (0..n).map(|_| 2e-3 * rng.normal()).collect();
         let update = |_: usize, row: &mut [f32]| {
             for (v, d) in row.iter_mut().zip(&delta) {

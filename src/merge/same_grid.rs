@@ -215,7 +215,7 @@ impl GroupMoments {
             Rounding::Nearest => None,
             Rounding::Feedback => {
                 let h = calibration.combined(tensor, n_in, options.lambda)?;
-                Some(Factor::new(&h, n_in, options.damping)?)
+                Some(Factor::new(h, n_in, options.damping)?)
             }
         };
         let judged = calibration.judged(tensor, n_in)?;
