@@ -1,6 +1,7 @@
 //! The same-grid merge from files to a file: calibrate → fit → write → accept → put in place.
 
 use super::calibration::Calibration;
+use super::decide::Reason;
 use super::deliver::{Delivered, Delivery, deliver};
 use super::gate::{GateConfig, Verdict, gate};
 use super::imatrix::Imatrix;
@@ -230,6 +231,17 @@ fn fit_all(
             fitted.outcomes.len(),
             first.tensor,
             first.from
+        ));
+    }
+    let in_need = fitted
+        .outcomes
+        .iter()
+        .filter(|o| o.reason == Reason::NotAllowed);
+    let n = in_need.count();
+    if n > 0 {
+        ui.notice(&format!(
+            "{n} of {} tensors get updates that their grid holds badly; --policy auto or --max-growth lets them grow by a type or keep a residue beside the file",
+            fitted.outcomes.len()
         ));
     }
     Ok(fitted)
