@@ -6,8 +6,9 @@
 //! the forgotten is then a matter of luck.
 
 use super::imatrix::Imatrix;
+use super::measure::Moments;
 use super::moments::{Captured, Part, Set};
-use super::sketch::{Side, SketchFile};
+use super::sketch::{self, SketchFile};
 use crate::error::Error;
 
 /// Second moments by tensor.
@@ -20,12 +21,42 @@ pub enum Calibration {
     Imatrix(Imatrix),
 }
 
-/// Moments to judge a merge by, each `[n_in, n_in]`.
+/// One side's moments, X·Xᵀ/n + diag(rest), as [`Moments::Sum`] takes them: a dense H of a 7B
+/// model's ffn_down would be 485 MB.
+struct Side {
+    /// X [n_in, columns].
+    columns: Vec<f32>,
+    n: f64,
+    /// \[n_in\] or empty.
+    rest: Vec<f32>,
+}
+
+/// Moments to judge a merge by; at least one side is there.
 pub struct Judged {
+    forget: Option<Side>,
+    kept: Option<Side>,
+}
+
+impl Judged {
     /// H_F; H_R where nothing is known of forget inputs.
-    pub forget: Vec<f32>,
-    /// H_R.
-    pub kept: Vec<f32>,
+    pub fn forget(&self) -> Moments<'_> {
+        Self::of(&self.forget, &self.kept)
+    }
+
+    /// H_R; H_F where nothing is known of others.
+    pub fn kept(&self) -> Moments<'_> {
+        Self::of(&self.kept, &self.forget)
+    }
+
+    fn of<'a>(first: &'a Option<Side>, second: &'a Option<Side>) -> Moments<'a> {
+        let side = first.as_ref().or(second.as_ref());
+        let side = side.expect("calibration without any tokens is refused when captured");
+        Moments::Sum {
+            columns: &side.columns,
+            n: side.n,
+            rest: &side.rest,
+        }
+    }
 }
 
 impl Calibration {
@@ -92,7 +123,7 @@ impl Calibration {
     pub fn judged(&self, tensor: &str, n_in: usize) -> Result<Judged, Error> {
         let (forget, kept) = match self {
             Self::Texts(c) => {
-                let of = |sets: &[Set]| -> Result<Option<Vec<f32>>, Error> {
+                let of = |sets: &[Set]| -> Result<Option<Side>, Error> {
                     let sets: Vec<Set> = sets
                         .iter()
                         .copied()
@@ -101,23 +132,38 @@ impl Calibration {
                     if sets.is_empty() {
                         return Ok(None);
                     }
-                    c.moments(tensor, &sets, part(c, &sets)).map(Some)
+                    let columns = c.rows(tensor, &sets, part(c, &sets))?;
+                    Ok(Some(Side {
+                        n: (columns.len() / n_in) as f64,
+                        columns,
+                        rest: Vec::new(),
+                    }))
                 };
                 (of(&[Set::Forget])?, of(&Set::KEPT)?)
             }
             Self::Sketch(s) => {
                 let input = s.input(tensor, n_in)?;
-                let side = |side| Some(input.moments(side));
-                (side(Side::Forget), side(Side::Kept))
+                let side = |side| {
+                    let (columns, rest) = input.factors(side);
+                    Some(Side {
+                        columns,
+                        n: 1.0,
+                        rest,
+                    })
+                };
+                (side(sketch::Side::Forget), side(sketch::Side::Kept))
             }
-            Self::Imatrix(i) => (None, Some(i.dense(tensor, n_in)?)),
+            Self::Imatrix(i) => {
+                let rest = i.normalised(tensor, n_in)?;
+                let diagonal = Side {
+                    columns: Vec::new(),
+                    n: 1.0,
+                    rest,
+                };
+                (None, Some(diagonal))
+            }
         };
-        let either = forget.or_else(|| kept.clone());
-        let forget = either.expect("calibration without any tokens is refused when captured");
-        Ok(Judged {
-            kept: kept.unwrap_or_else(|| forget.clone()),
-            forget,
-        })
+        Ok(Judged { forget, kept })
     }
 }
 

@@ -144,13 +144,20 @@ impl Imatrix {
     /// # Errors
     /// As [`diagonal`](Self::diagonal).
     pub fn dense(&self, tensor: &str, n_in: usize) -> Result<Vec<f32>, ImatrixError> {
-        let diagonal = self.diagonal(tensor, n_in)?;
-        let trace: f64 = diagonal.iter().map(|&v| f64::from(v)).sum();
+        let diagonal = self.normalised(tensor, n_in)?;
         let mut h = vec![0f32; n_in * n_in];
-        for (i, &v) in diagonal.iter().enumerate() {
-            h[i * (n_in + 1)] = (f64::from(v) * n_in as f64 / trace) as f32;
+        for (i, v) in diagonal.into_iter().enumerate() {
+            h[i * (n_in + 1)] = v;
         }
         Ok(h)
+    }
+
+    /// [`diagonal`](Self::diagonal) with a mean of 1.
+    pub(super) fn normalised(&self, tensor: &str, n_in: usize) -> Result<Vec<f32>, ImatrixError> {
+        let diagonal = self.diagonal(tensor, n_in)?;
+        let trace: f64 = diagonal.iter().map(|&v| f64::from(v)).sum();
+        let scaled = |&v: &f32| (f64::from(v) * n_in as f64 / trace) as f32;
+        Ok(diagonal.iter().map(scaled).collect())
     }
 
     fn no_tensor(&self, tensor: &str) -> ImatrixError {

@@ -24,6 +24,16 @@ pub enum Moments<'a> {
     Full(&'a [f32]),
     /// Its diagonal \[n_in\], as an imatrix has it: inputs are taken for uncorrelated.
     Diagonal(&'a [f32]),
+    /// X·Xᵀ/n + diag(rest) for columns X [n_in, columns], never formed: what captured inputs and
+    /// sketches are, at a fraction of H's size.
+    Sum {
+        /// X.
+        columns: &'a [f32],
+        /// n.
+        n: f64,
+        /// Added to the diagonal \[n_in\]; empty: nothing.
+        rest: &'a [f32],
+    },
 }
 
 /// Rows of one tensor before and after.
@@ -102,6 +112,22 @@ pub fn measure(
         match h {
             Moments::Full(h) => check(h, n)?,
             Moments::Diagonal(d) if d.len() == n => {}
+            Moments::Sum { columns, rest, .. } => {
+                if !columns.len().is_multiple_of(n) {
+                    return Err(RoundError::Length {
+                        what: "inputs of whole columns",
+                        wanted: columns.len().next_multiple_of(n),
+                        found: columns.len(),
+                    });
+                }
+                if !rest.is_empty() && rest.len() != n {
+                    return Err(RoundError::Length {
+                        what: "the diagonal of the second moments",
+                        wanted: n,
+                        found: rest.len(),
+                    });
+                }
+            }
             Moments::Diagonal(d) => {
                 return Err(RoundError::Length {
                     what: "the diagonal of the second moments",
@@ -195,6 +221,24 @@ fn quadratic(x: &[f32], h: Moments<'_>, n: usize) -> f64 {
             .flat_map(|row| row.iter().zip(d))
             .map(|(v, d)| f64::from(*v).powi(2) * f64::from(*d))
             .sum(),
+        Moments::Sum {
+            columns,
+            n: n_tokens,
+            rest,
+        } => {
+            let (rows, k) = (x.len() / n, columns.len() / n);
+            let mut outputs = vec![0f32; rows * k];
+            matmul(
+                MatMut::from_column_major_slice_mut(&mut outputs, k, rows),
+                Accum::Replace,
+                MatRef::from_row_major_slice(columns, k, n),
+                MatRef::from_column_major_slice(x, n, rows),
+                1.0,
+                Par::Seq,
+            );
+            let sum: f64 = outputs.iter().map(|y| f64::from(*y).powi(2)).sum();
+            sum / n_tokens + quadratic(x, Moments::Diagonal(rest), n)
+        }
         Moments::Full(h) => {
             let rows = x.len() / n;
             let mut product = vec![0f32; x.len()];
@@ -288,6 +332,47 @@ mod tests {
         let a = measure(&merged, Moments::Diagonal(&d), Moments::Full(&hr)).unwrap();
         let b = measure(&merged, Moments::Full(&full), Moments::Full(&hr)).unwrap();
         assert!((a.err_f() - b.err_f()).abs() < 1e-5 * b.err_f());
+    }
+
+    #[test]
+    fn moments_that_are_never_formed_measure_as_formed_ones() {
+        let mut rng = SplitMix64(4);
+        let bytes = random_blocks(GgmlType::Q4_0, ROWS * N / 32, &mut rng);
+        let columns: Vec<f32> = (0..9 * N).map(|_| rng.normal()).collect();
+        let rest: Vec<f32> = (0..N).map(|_| rng.uniform()).collect();
+        let mut h = vec![0f32; N * N];
+        for x in columns.chunks_exact(N) {
+            for i in 0..N {
+                for j in 0..N {
+                    h[i * N + j] += x[i] * x[j] / 9.0;
+                }
+            }
+        }
+        for i in 0..N {
+            h[i * N + i] += rest[i];
+        }
+        let some = |_: usize, row: &mut [f32]| row[3] += 0.1;
+        let merged = Merged {
+            before: (GgmlType::Q4_0, &bytes),
+            after: (GgmlType::Q4_0, &bytes),
+            n_in: N,
+            update: &some,
+        };
+        let sum = Moments::Sum {
+            columns: &columns,
+            n: 9.0,
+            rest: &rest,
+        };
+        let a = measure(&merged, sum, sum).unwrap();
+        let b = measure(&merged, Moments::Full(&h), Moments::Full(&h)).unwrap();
+        assert!((a.forget_effect / b.forget_effect - 1.0).abs() < 1e-5);
+        assert!((a.retain_output / b.retain_output - 1.0).abs() < 1e-5);
+        let short = Moments::Sum {
+            columns: &columns[1..],
+            n: 9.0,
+            rest: &[],
+        };
+        assert!(measure(&merged, short, sum).is_err());
     }
 
     #[test]

@@ -238,6 +238,23 @@ impl Captured {
         Ok(())
     }
 
+    /// All inputs of `tensor` over the tokens of `sets`, `[n_in, n]`.
+    ///
+    /// # Errors
+    /// As [`visit`](Self::visit), or no tokens.
+    pub(super) fn rows(&self, tensor: &str, sets: &[Set], part: Part) -> Result<Vec<f32>, Error> {
+        let n: usize = sets.iter().map(|&s| self.n_tokens(s, part)).sum();
+        if n == 0 {
+            return Err(no_set(sets));
+        }
+        let mut rows = Vec::with_capacity(n * self.n_in(tensor)?);
+        self.visit(tensor, sets, part, &mut |_, x| {
+            rows.extend_from_slice(x);
+            Ok(())
+        })?;
+        Ok(rows)
+    }
+
     /// H `[n_in, n_in]` = Σ x·xᵀ / n over the tokens of `sets` together.
     ///
     /// # Errors

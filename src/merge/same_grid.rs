@@ -7,14 +7,14 @@
 //! [`decide`] chooses. New bytes wait in an unnamed temporary file: one tensor and its moments are
 //! in memory at a time.
 
-use super::calibration::Calibration;
+use super::calibration::{Calibration, Judged};
 use super::decide::{Action, Candidate, Choice, Decision, Limits, Policy, Reason, decide, larger};
 use super::delta::Delta;
 use super::error::RoundError;
 use super::factor::Factor;
 use super::feedback::{Rounded, Search, round_rows};
 use super::grid::Grid;
-use super::measure::{Measured, Merged, Moments, measure};
+use super::measure::{Measured, Merged, measure};
 use super::promote::promote_rows;
 use super::rewrite::{Form, changes, empty_files};
 use super::scratch::Scratch;
@@ -201,8 +201,7 @@ fn deltas<'a>(
 struct GroupMoments {
     n_in: usize,
     factor: Option<Factor>,
-    forget: Vec<f32>,
-    kept: Vec<f32>,
+    judged: Judged,
 }
 
 impl GroupMoments {
@@ -218,21 +217,15 @@ impl GroupMoments {
                 Some(Factor::new(h, n_in, options.damping)?)
             }
         };
-        let judged = calibration.judged(tensor, n_in)?;
         Ok(Self {
             n_in,
             factor,
-            forget: judged.forget,
-            kept: judged.kept,
+            judged: calibration.judged(tensor, n_in)?,
         })
     }
 
     fn measure(&self, merged: &Merged<'_>) -> Result<Measured, RoundError> {
-        measure(
-            merged,
-            Moments::Full(&self.forget),
-            Moments::Full(&self.kept),
-        )
+        measure(merged, self.judged.forget(), self.judged.kept())
     }
 }
 

@@ -141,6 +141,19 @@ impl InputSketch {
         })
     }
 
+    /// T `[n_in, rank]` and d `[n_in]` of the same matrix, T·Tᵀ + diag(d).
+    pub(super) fn factors(&self, side: Side) -> (Vec<f32>, Vec<f32>) {
+        let (n, m) = (self.n_in, self.rank);
+        let half = &self.halves[side as usize];
+        let mut t = vec![0f32; n * m];
+        product(
+            &mut t,
+            MatRef::from_column_major_slice(&self.basis, n, m),
+            MatRef::from_column_major_slice(&half.root, m, m),
+        );
+        (t, half.rest.clone())
+    }
+
     /// (H_R + λ·H_F)/(1 + λ), as [`Captured::combined`] gives it from the rows.
     pub fn combined(&self, lambda: f64) -> Vec<f32> {
         self.dense([lambda / (1.0 + lambda), 1.0 / (1.0 + lambda)])
