@@ -260,9 +260,9 @@ pub fn lines(
         let above = if y(*v) < top + 14.0 { 13.0 } else { -5.0 };
         text(
             &mut out,
-            (WIDTH - right - 2.0, y(*v) + above),
+            (left + 4.0, y(*v) + above),
             "t halo",
-            "end",
+            "start",
             label,
         );
     }
@@ -313,7 +313,7 @@ pub fn intervals(title: &str, axis: &str, rows: &[Row]) -> String {
             (x(v), bottom + 14.0),
             "t",
             "middle",
-            &tick(v, 0.25),
+            &tick(v, 0.05),
         );
     }
     text(&mut out, (x(0.5), height - 4.0), "t", "middle", axis);
