@@ -248,10 +248,12 @@ fn spectra(e: &Evidence) -> String {
     }
     let curve = |values: &[f32], class: usize| {
         let first = f64::from(values.first().copied().unwrap_or(1.0)).max(f64::MIN_POSITIVE);
-        let points = values.iter().enumerate().filter(|(_, v)| **v > 0.0);
+        // Below f32's rounding of the largest, squared, there is only noise.
+        let shares = values.iter().map(|&v| f64::from(v) / first);
+        let points = shares.enumerate().filter(|(_, share)| *share > 1e-12);
         Series {
             points: points
-                .map(|(i, v)| ((i + 1) as f64, (f64::from(*v) / first).log10().max(-12.0)))
+                .map(|(i, share)| ((i + 1) as f64, share.log10()))
                 .collect(),
             class,
             line: true,
