@@ -10,9 +10,10 @@
 //! Answers known by heart were learned as texts, and with them whole phrases of the answers they
 //! are exchanged for: these are then easier than answers never read. Measured on three models
 //! that had learned invented people by heart, beside the same models without those people
-//! (NLL of exchanged answers, NLL of the unseen model): 0.65, 1.16 (embedded model); 1.36, 2.86
-//! (SmolLM2-135M, TOFU). Hence the level is 1.9 times the exchanged NLL where answers
-//! are near certain, and the exchanged NLL itself where they are merely known.
+//! (NLL of exchanged answers, NLL of the unseen model): 0.65, 1.16 (embedded model); 1.68, 2.86
+//! (SmolLM2-135M, TOFU). The level is 1.9 times the exchanged NLL where answers are near certain,
+//! a tenth past both of these: the patched models end at a forget probability of .338 for .387
+//! and .060 for .101. Where answers are merely known it is the exchanged NLL itself.
 
 use crate::data::{Record, Role, Sample, Template, build_samples, general_records};
 use crate::error::Error;
