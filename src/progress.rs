@@ -64,6 +64,65 @@ impl Drop for Progress {
     }
 }
 
+/// What a long job tells its user.
+pub trait Ui {
+    /// A sentence worth reading.
+    fn notice(&mut self, text: &str);
+    /// A stage and how far it is.
+    fn progress(&mut self, stage: &str, done: usize, total: usize);
+}
+
+/// Notices and one progress line a stage, on stderr.
+pub struct Stages {
+    quiet: bool,
+    stage: String,
+    line: Option<Progress>,
+}
+
+impl Stages {
+    /// Silent if `quiet`.
+    pub fn new(quiet: bool) -> Self {
+        Self {
+            quiet,
+            stage: String::new(),
+            line: None,
+        }
+    }
+
+    /// Whether it is silent.
+    pub fn quiet(&self) -> bool {
+        self.quiet
+    }
+
+    /// The line of `stage`; that of another stage ends.
+    pub fn line(&mut self, stage: &str) -> &mut Progress {
+        if self.stage != stage {
+            self.end();
+            self.stage = stage.to_owned();
+        }
+        let quiet = self.quiet;
+        self.line.get_or_insert_with(|| Progress::new(stage, quiet))
+    }
+
+    /// End the line there is.
+    pub fn end(&mut self) {
+        self.line = None;
+    }
+}
+
+impl Ui for Stages {
+    fn notice(&mut self, text: &str) {
+        self.end();
+        if !self.quiet {
+            eprintln!("{text}");
+        }
+    }
+
+    fn progress(&mut self, stage: &str, done: usize, total: usize) {
+        self.line(stage).set(done, total);
+    }
+}
+
 /// `, 2m05s left`, once there is something to extrapolate from.
 fn eta(elapsed: Duration, done: usize, total: usize) -> String {
     if done == 0 || done >= total {

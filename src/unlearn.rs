@@ -12,6 +12,7 @@ use crate::merge::leave::leave_sketch;
 use crate::merge::sketch::companion;
 use crate::model::OpenModel;
 use crate::patch::{Info, Patch, base_of};
+use crate::progress;
 use crate::score::evaluate;
 use crate::sets::{Sets, general_samples};
 use crate::start::{lowered, start, subspace_config, subspaces};
@@ -63,13 +64,10 @@ pub struct Job<'a> {
     pub resume: bool,
 }
 
-/// Shows a run to the user.
-pub trait Ui: Watch {
-    /// A sentence worth reading.
-    fn notice(&mut self, text: &str);
-    /// A stage and how far it is.
-    fn progress(&mut self, stage: &str, done: usize, total: usize);
-}
+/// Shows a run to the user, and may stop it.
+pub trait Ui: Watch + progress::Ui {}
+
+impl<T: Watch + progress::Ui> Ui for T {}
 
 /// Answers of one set, before or after.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -2,12 +2,13 @@
 
 use super::common::{AdapterArgs, GpuLayers, Output, threads};
 use super::merge_args::{FitArgs, GateArgs, TextArgs};
-use super::merge_report::{MergeUi, print};
+use super::merge_report::print;
 use crate::error::Error;
 use crate::merge::deliver::{Delivery, To};
 use crate::merge::replace;
 use crate::merge::rewrite::{Form, OutType};
 use crate::merge::run::{How, Job, merge};
+use crate::progress::Stages;
 use clap::Args;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -131,7 +132,7 @@ impl Merge {
             n_threads: threads(self.threads),
             n_gpu_layers: self.n_gpu_layers.0,
         };
-        let mut ui = MergeUi::new(self.output.quiet || self.output.json);
+        let mut ui = Stages::new(self.output.quiet || self.output.json);
         let report = merge(job, &mut ui)?;
         drop(ui);
         let hint = modelfile(&report.delivered.files);

@@ -1,52 +1,13 @@
 //! What `nepenthe merge` shows.
 
 use crate::merge::gate::{Compared, Verdict};
-use crate::merge::run::{Report, Ui};
+use crate::merge::run::Report;
 use crate::merge::same_grid::Outcome;
-use crate::progress::Progress;
 use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Tensors listed one by one: those that lose most.
 const LISTED: usize = 8;
-
-/// Progress and notices on stderr.
-pub struct MergeUi {
-    quiet: bool,
-    stage: String,
-    progress: Option<Progress>,
-}
-
-impl MergeUi {
-    /// Silent if `quiet`.
-    pub fn new(quiet: bool) -> Self {
-        Self {
-            quiet,
-            stage: String::new(),
-            progress: None,
-        }
-    }
-}
-
-impl Ui for MergeUi {
-    fn notice(&mut self, text: &str) {
-        self.progress = None;
-        if !self.quiet {
-            eprintln!("{text}");
-        }
-    }
-
-    fn progress(&mut self, stage: &str, done: usize, total: usize) {
-        if self.stage != stage || self.progress.is_none() {
-            self.progress = None;
-            self.stage = stage.to_owned();
-            self.progress = Some(Progress::new(stage, self.quiet));
-        }
-        if let Some(p) = &mut self.progress {
-            p.set(done, total);
-        }
-    }
-}
 
 /// The report as a table.
 pub fn print(r: &Report, undo: Option<&Path>) {

@@ -1,10 +1,10 @@
 //! `nepenthe report`.
 
 use super::common::{AdapterSpec, ModelArgs, TemplateArg};
-use super::merge_report::MergeUi;
 use super::robustness::load;
 use crate::atomic::{AtomicError, write_atomic};
 use crate::error::Error;
+use crate::progress::Stages;
 use crate::report::verdict::Status;
 use crate::report::{Evidence, Job, ReportError, Thresholds, collect, html::page};
 use clap::Args;
@@ -164,7 +164,7 @@ impl ReportArgs {
             n_threads: self.model.n_threads(),
             n_gpu_layers: self.model.n_gpu_layers.0,
         };
-        let mut ui = MergeUi::new(self.quiet);
+        let mut ui = Stages::new(self.quiet);
         let evidence = collect(&job, &mut ui)?;
         drop(ui);
         put(&self.out, self.force, &page(&evidence))?;

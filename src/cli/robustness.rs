@@ -1,9 +1,9 @@
 //! `nepenthe robustness`.
 
 use super::common::{AdapterArgs, ModelArgs, Output, TemplateArg};
-use super::merge_report::MergeUi;
 use crate::data::{Record, load_records};
 use crate::error::Error;
+use crate::progress::Stages;
 use crate::robustness::relearn::RelearnConfig;
 use crate::robustness::{Job, Robustness, SetsScored, Texts, robustness};
 use crate::score::SetScores;
@@ -101,7 +101,7 @@ impl RobustnessArgs {
             n_threads: self.model.n_threads(),
             n_gpu_layers: self.model.n_gpu_layers.0,
         };
-        let mut ui = MergeUi::new(self.output.quiet || self.output.json);
+        let mut ui = Stages::new(self.output.quiet || self.output.json);
         let found = robustness(&job, &mut ui)?;
         drop(ui);
         if self.output.json {

@@ -2,18 +2,15 @@
 
 use super::interrupt;
 use crate::error::Error;
-use crate::progress::Progress;
+use crate::progress::{Stages, Ui};
 use crate::train::fit::{Event, Watch};
-use crate::unlearn::Ui;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 /// Progress line, notices and JSON-lines log.
 pub struct TrainUi {
-    quiet: bool,
-    stage: String,
-    progress: Option<Progress>,
+    stages: Stages,
     log: Option<(PathBuf, BufWriter<File>)>,
     failed: Option<std::io::Error>,
 }
@@ -38,9 +35,7 @@ impl TrainUi {
             None => None,
         };
         Ok(Self {
-            quiet,
-            stage: String::new(),
-            progress: None,
+            stages: Stages::new(quiet),
             log,
             failed: None,
         })
@@ -51,7 +46,7 @@ impl TrainUi {
     /// # Errors
     /// The first failure to write it.
     pub fn finish(&mut self) -> Result<(), Error> {
-        self.progress = None;
+        self.stages.end();
         if let Some((path, mut file)) = self.log.take() {
             let failed = self.failed.take().map_or_else(|| file.flush(), Err);
             failed.map_err(|source| Error::Io {
@@ -61,15 +56,6 @@ impl TrainUi {
             })?;
         }
         Ok(())
-    }
-
-    fn line(&mut self, stage: &str) -> &mut Progress {
-        if self.stage != stage || self.progress.is_none() {
-            self.progress = None;
-            self.stage = stage.to_owned();
-            self.progress = Some(Progress::new(stage, self.quiet));
-        }
-        self.progress.as_mut().expect("made above")
     }
 
     fn write(&mut self, event: &Event<'_>) {
@@ -102,9 +88,11 @@ impl Watch for TrainUi {
                     part("retain", report.retain),
                     part("ROL", report.rol)
                 );
-                self.line("training").note(*step as usize, *of, &note);
+                self.stages
+                    .line("training")
+                    .note(*step as usize, *of, &note);
             }
-            Event::Check(c) if !self.quiet => {
+            Event::Check(c) if !self.stages.quiet() => {
                 let text = format!(
                     "step {:>4}: forget answers NLL {:.2}, probability {:.3}, {:.0}% still known",
                     c.step,
@@ -112,11 +100,11 @@ impl Watch for TrainUi {
                     c.prob,
                     100.0 * c.below
                 );
-                self.line("training").say(&text);
+                self.stages.line("training").say(&text);
             }
-            Event::Learned { step, prob } if !self.quiet => {
+            Event::Learned { step, prob } if !self.stages.quiet() => {
                 let text = format!("step {step:>4}: answer probability {prob:.3}");
-                self.line("training").say(&text);
+                self.stages.line("training").say(&text);
             }
             _ => {}
         }
@@ -129,13 +117,10 @@ impl Watch for TrainUi {
 
 impl Ui for TrainUi {
     fn notice(&mut self, text: &str) {
-        self.progress = None;
-        if !self.quiet {
-            eprintln!("{text}");
-        }
+        self.stages.notice(text);
     }
 
     fn progress(&mut self, stage: &str, done: usize, total: usize) {
-        self.line(stage).set(done, total);
+        self.stages.progress(stage, done, total);
     }
 }

@@ -18,6 +18,7 @@ use crate::gguf::GgufWriter;
 use crate::graph::weights::Weights;
 use crate::model::OpenModel;
 use crate::patch::{Info, Patch, Update, base_of};
+use crate::progress::Ui;
 use crate::sets::samples;
 use serde::Serialize;
 use std::collections::BTreeSet;
@@ -99,14 +100,6 @@ pub struct Report {
     /// Where everything is.
     #[serde(flatten)]
     pub delivered: Delivered,
-}
-
-/// Shows a merge to the user.
-pub trait Ui {
-    /// A sentence worth reading.
-    fn notice(&mut self, text: &str);
-    /// A stage and how far it is.
-    fn progress(&mut self, stage: &str, done: usize, total: usize);
 }
 
 /// Tokenised texts.

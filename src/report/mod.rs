@@ -24,9 +24,9 @@ use crate::eval::tofu::score_present;
 use crate::eval::tofu_log::read_summary;
 use crate::gguf::Gguf;
 use crate::merge::record;
-use crate::merge::run::Ui;
 use crate::model::OpenModel;
 use crate::patch::{Info, Patch};
+use crate::progress::Ui;
 use crate::robustness::{Applied, Robustness, spread};
 use crate::score::{Evaluation, SetScores, evaluate};
 use evidence::{

@@ -3,9 +3,9 @@
 use super::Job;
 use super::evidence::{LayerRow, Spectrum, TensorRow};
 use crate::error::Error;
-use crate::merge::run::Ui;
 use crate::model::OpenModel;
 use crate::patch::{Patch, Update};
+use crate::progress::Ui;
 use crate::project::NetUpdate;
 use crate::sets::samples;
 use crate::start::subspaces;

@@ -6,8 +6,8 @@
 use super::Job;
 use crate::data::{Record, Sample, overlap};
 use crate::error::Error;
-use crate::merge::run::Ui;
 use crate::patch::Patch;
+use crate::progress::Ui;
 use crate::score::SetScores;
 use crate::sets::samples;
 use crate::train::adapters::Pairs;
