@@ -1,7 +1,7 @@
 //! Patches and adapters made ready for llama.cpp, which does not check all of their fields.
 
 use crate::error::Error;
-use crate::ggml::Adapter;
+use crate::ggml::{Adapter, Model};
 use crate::model::OpenModel;
 use crate::patch::Patch;
 use crate::patch::peft::is_peft;
@@ -11,8 +11,7 @@ use std::sync::Arc;
 /// Loaded adapters with their scales.
 pub type Loaded = Vec<(Arc<Adapter>, f32)>;
 
-/// Check every adapter against the model, then load it. The scales are the user's. What PEFT
-/// saved goes through a temporary file in llama.cpp's form.
+/// Check every adapter against the model, then load it. The scales are the user's.
 ///
 /// # Errors
 /// A malformed adapter, one for another model, or llama.cpp's refusal.
@@ -26,17 +25,28 @@ pub fn open_adapters<'a>(
             let patch = Patch::open_any(path, &open.weights)?;
             patch.check_shapes(&open.weights)?;
             patch.check_base(&open.weights)?;
-            if !is_peft(path) {
-                return Ok((Arc::new(Adapter::load(&open.model, path)?), scale));
-            }
-            let dir = tempfile::tempdir().map_err(|source| Error::Io {
-                path: std::env::temp_dir(),
-                doing: "making a temporary directory",
-                source,
-            })?;
-            let converted = dir.path().join("adapter.gguf");
-            patch.save(&converted, false)?;
-            Ok((Arc::new(Adapter::load(&open.model, &converted)?), scale))
+            let adapter = if is_peft(path) {
+                load_patch(&open.model, &patch)?
+            } else {
+                Arc::new(Adapter::load(&open.model, path)?)
+            };
+            Ok((adapter, scale))
         })
         .collect()
+}
+
+/// Load a patch that is in memory, with its factors as they would be stored: llama.cpp reads
+/// files alone, so it goes through a temporary one.
+///
+/// # Errors
+/// A full disk, factors outside f16, llama.cpp's refusal.
+pub fn load_patch(model: &Model, patch: &Patch) -> Result<Arc<Adapter>, Error> {
+    let dir = tempfile::tempdir().map_err(|source| Error::Io {
+        path: std::env::temp_dir(),
+        doing: "making a temporary directory",
+        source,
+    })?;
+    let path = dir.path().join("patch.gguf");
+    patch.save(&path, false)?;
+    Ok(Arc::new(Adapter::load(model, &path)?))
 }

@@ -3,7 +3,7 @@
 //! Every stage is a function of its own and most artifacts are also files, so that each stage
 //! can be run alone.
 
-use crate::adapter::{Loaded, open_adapters};
+use crate::adapter::{Loaded, load_patch};
 use crate::atomic::AtomicError;
 use crate::data::{Record, Template, salted_hash};
 use crate::digest::{Digest, of_model};
@@ -342,14 +342,7 @@ fn measure_patch(
     patch: &Patch,
     ui: &mut dyn Ui,
 ) -> Result<Both, Error> {
-    let dir = tempfile::tempdir().map_err(|source| Error::Io {
-        path: std::env::temp_dir(),
-        doing: "making a temporary directory",
-        source,
-    })?;
-    let trial = dir.path().join("patch.gguf");
-    patch.save(&trial, false)?;
-    let adapters = open_adapters(job.open, [(trial.as_path(), 1.0)])?;
+    let adapters = vec![(load_patch(&job.open.model, patch)?, 1.0)];
     measure_both(job, sets, &adapters, "after", ui)
 }
 

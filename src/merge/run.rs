@@ -9,11 +9,10 @@ use super::moments::{MomentsConfig, Sources, capture};
 use super::rewrite::{Form, OutType, rewrite};
 use super::same_grid::{Fitted, Options, Outcome, Rounding, fit};
 use super::sketch::{SketchFile, companion};
-use crate::adapter::{Loaded, open_adapters};
+use crate::adapter::{Loaded, load_patch, open_adapters};
 use crate::data::{Record, Sample, Template, general_records};
 use crate::digest::of_file;
 use crate::error::Error;
-use crate::ggml::Adapter;
 use crate::gguf::GgufWriter;
 use crate::graph::weights::Weights;
 use crate::model::OpenModel;
@@ -23,7 +22,6 @@ use crate::sets::samples;
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 /// Texts a merge is calibrated and judged on; any may be empty.
 #[derive(Debug, Clone, Default)]
@@ -264,7 +262,7 @@ fn put(
     if !residues.is_empty() {
         let merged = &report.delivered.files[0];
         let path = merged.with_extension("residue.gguf");
-        residue_of(residues, merged)?.save(&path, job.delivery.force)?;
+        residue_of(residues, &Weights::open(merged)?)?.save(&path, job.delivery.force)?;
         report.residue = Some(path);
     }
     Ok(())
@@ -344,7 +342,13 @@ fn try_out(
     let adapters = open_adapters(&open, job.specs.iter().copied())?;
     let tokens = Tokens::new(job, &open, &mut Silent)?;
     let merged = OpenModel::open(staged, job.n_gpu_layers)?;
-    let residues = load_residue(residues, staged, &merged)?;
+    let residues: Loaded = match residues {
+        [] => Vec::new(),
+        _ => vec![(
+            load_patch(&merged.model, &residue_of(residues, &merged.weights)?)?,
+            1.0,
+        )],
+    };
     gate(
         (&open.model, &adapters),
         (&merged.model, &residues),
@@ -363,22 +367,7 @@ impl Ui for Silent {
     fn progress(&mut self, _: &str, _: usize, _: usize) {}
 }
 
-fn residue_of(residues: &[Update], merged: &Path) -> Result<Patch, Error> {
-    let weights = Weights::open(merged)?;
-    let info = Info::new(base_of(&weights)?, "residue", serde_json::Value::Null, 0);
-    Ok(Patch::new(weights.arch()?, info, residues.to_vec()))
-}
-
-fn load_residue(residues: &[Update], staged: &Path, merged: &OpenModel) -> Result<Loaded, Error> {
-    if residues.is_empty() {
-        return Ok(Vec::new());
-    }
-    let dir = tempfile::tempdir().map_err(|source| Error::Io {
-        path: std::env::temp_dir(),
-        doing: "making a temporary directory",
-        source,
-    })?;
-    let path = dir.path().join("residue.gguf");
-    residue_of(residues, staged)?.save(&path, false)?;
-    Ok(vec![(Arc::new(Adapter::load(&merged.model, &path)?), 1.0)])
+fn residue_of(residues: &[Update], merged: &Weights) -> Result<Patch, Error> {
+    let info = Info::new(base_of(merged)?, "residue", serde_json::Value::Null, 0);
+    Ok(Patch::new(merged.arch()?, info, residues.to_vec()))
 }
