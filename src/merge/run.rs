@@ -20,6 +20,7 @@ use crate::patch::{Info, Patch, Update, base_of};
 use crate::progress::Ui;
 use crate::sets::samples;
 use serde::Serialize;
+use std::cell::OnceCell;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -152,219 +153,226 @@ impl Tokens {
 /// then at the output; with `keep_failed` it is, and the report's verdict says that it failed),
 /// bad files, failures of engine and disk.
 pub fn merge(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
-    let patches = open_patches(&job)?;
     let weights = Weights::open(job.model)?;
+    let patches = open_patches(&job, &weights)?;
     let parts = weights.set().parts().iter();
     let file_len_before = parts.map(crate::gguf::Gguf::file_len).sum();
-    let mut report = Report {
-        calibration: None,
-        held_out: false,
-        tensors: Vec::new(),
-        rewritten: Vec::new(),
-        file_len_before,
-        verdict: None,
-        residue: None,
-        delivered: Delivered::default(),
+    let mut run = Run {
+        job: &job,
+        weights: &weights,
+        patches: &patches,
+        tokens: OnceCell::new(),
+        report: Report {
+            calibration: None,
+            held_out: false,
+            tensors: Vec::new(),
+            rewritten: Vec::new(),
+            file_len_before,
+            verdict: None,
+            residue: None,
+            delivered: Delivered::default(),
+        },
     };
     match &job.how {
         How::Rewrite(out_type) => {
             let plan = rewrite(&weights, &patches, *out_type, job.form)?;
-            report.rewritten = plan.tensors;
-            put(&job, &weights, plan.files, &[], &mut report, ui)?;
+            run.report.rewritten = plan.tensors;
+            run.put(plan.files, &[], ui)?;
         }
         How::SameGrid(options) => {
             let mut options = options.clone();
             if let Some(percent) = job.max_growth {
                 options.limits = options.limits.with_growth(percent, file_len_before);
             }
-            let fitted = fit_all(&job, &weights, &patches, &options, &mut report, ui)?;
+            let fitted = run.fit_all(&options, ui)?;
             let files = fitted.files(&weights, &patches, job.form)?;
-            put(&job, &weights, files, &fitted.residues, &mut report, ui)?;
-            report.tensors = fitted.outcomes;
+            run.put(files, &fitted.residues, ui)?;
+            run.report.tensors = fitted.outcomes;
         }
     }
-    Ok(report)
+    Ok(run.report)
 }
 
-/// Every tensor fitted; what the user should know of it is said.
-fn fit_all(
-    job: &Job<'_>,
-    weights: &Weights,
-    patches: &[(Patch, f32)],
-    options: &Options,
-    report: &mut Report,
-    ui: &mut dyn Ui,
-) -> Result<Fitted, Error> {
-    let scratch = job.delivery.dir(job.model);
-    let calibration = calibrate(job, patches, &scratch, ui)?;
-    report.calibration = Some(calibration.name());
-    report.held_out = calibration.holds_out();
-    if !calibration.knows_forget() && options.rounding == Rounding::Feedback {
-        ui.notice(&format!(
+fn open_patches(job: &Job<'_>, weights: &Weights) -> Result<Vec<(Patch, f32)>, Error> {
+    job.specs
+        .iter()
+        .map(|&(path, scale)| {
+            let patch = Patch::open_any(path, weights)?;
+            patch.check_shapes(weights)?;
+            patch.check_base(weights)?;
+            Ok((patch, scale))
+        })
+        .collect()
+}
+
+/// A merge under way.
+struct Run<'j> {
+    job: &'j Job<'j>,
+    weights: &'j Weights,
+    patches: &'j [(Patch, f32)],
+    /// Made when a model is first open for them.
+    tokens: OnceCell<Tokens>,
+    report: Report,
+}
+
+impl Run<'_> {
+    fn tokens(&self, open: &OpenModel, ui: &mut dyn Ui) -> Result<&Tokens, Error> {
+        if self.tokens.get().is_none() {
+            let made = Tokens::new(self.job, open, ui)?;
+            return Ok(self.tokens.get_or_init(|| made));
+        }
+        Ok(self.tokens.get().expect("looked at above"))
+    }
+
+    /// Every tensor fitted; what the user should know of it is said.
+    fn fit_all(&mut self, options: &Options, ui: &mut dyn Ui) -> Result<Fitted, Error> {
+        let scratch = self.job.delivery.dir(self.job.model);
+        let calibration = self.calibrate(&scratch, ui)?;
+        self.report.calibration = Some(calibration.name());
+        self.report.held_out = calibration.holds_out();
+        if !calibration.knows_forget() && options.rounding == Rounding::Feedback {
+            ui.notice(&format!(
             "calibrated by {} alone: what the patch changes most is not in there, and more of it may be lost; --forget and --retain, or the sketch that belongs to the patch, say what it is",
             calibration.name()
         ));
-    }
-    let fitted = fit(
-        weights,
-        patches,
-        &calibration,
-        options,
-        &scratch,
-        &mut |done, total| ui.progress("fitting", done, total),
-    )?;
-    let left_out = fitted.outcomes.iter().filter(|o| o.action.is_none());
-    let left_out: Vec<&Outcome> = left_out.collect();
-    if let Some(first) = left_out.first() {
-        ui.notice(&format!(
+        }
+        let fitted = fit(
+            self.weights,
+            self.patches,
+            &calibration,
+            options,
+            &scratch,
+            &mut |done, total| ui.progress("fitting", done, total),
+        )?;
+        let left_out = fitted.outcomes.iter().filter(|o| o.action.is_none());
+        let left_out: Vec<&Outcome> = left_out.collect();
+        if let Some(first) = left_out.first() {
+            ui.notice(&format!(
             "{} of {} tensors stay as they are: {} is {}, a type without a grid to merge on; --promote writes such tensors in a larger one",
             left_out.len(),
             fitted.outcomes.len(),
             first.tensor,
             first.from
         ));
-    }
-    let in_need = fitted
-        .outcomes
-        .iter()
-        .filter(|o| o.reason == Reason::NotAllowed);
-    let n = in_need.count();
-    if n > 0 {
-        ui.notice(&format!(
+        }
+        let in_need = fitted
+            .outcomes
+            .iter()
+            .filter(|o| o.reason == Reason::NotAllowed);
+        let n = in_need.count();
+        if n > 0 {
+            ui.notice(&format!(
             "{n} of {} tensors get updates that their grid holds badly; --policy auto or --max-growth lets them grow by a type or keep a residue beside the file",
             fitted.outcomes.len()
         ));
-    }
-    Ok(fitted)
-}
-
-/// Write the files, try them out, put them in place, with their residues beside them.
-fn put(
-    job: &Job<'_>,
-    weights: &Weights,
-    files: Vec<GgufWriter<'_>>,
-    residues: &[Update],
-    report: &mut Report,
-    ui: &mut dyn Ui,
-) -> Result<(), Error> {
-    let verdict = &mut report.verdict;
-    report.delivered = deliver(weights.set(), files, job.delivery, |staged| {
-        let Some(config) = &job.gate else {
-            return Ok(());
-        };
-        let found = try_out(job, config, residues, staged, ui)?;
-        if !job.keep_failed {
-            found.clone().accepted()?;
         }
-        *verdict = Some(found);
+        Ok(fitted)
+    }
+
+    /// Write the files, try them out, put them in place, with their residues beside them.
+    fn put(
+        &mut self,
+        files: Vec<GgufWriter<'_>>,
+        residues: &[Update],
+        ui: &mut dyn Ui,
+    ) -> Result<(), Error> {
+        let (job, mut verdict) = (self.job, None);
+        let delivered = deliver(self.weights.set(), files, job.delivery, |staged| {
+            let Some(config) = &job.gate else {
+                return Ok(());
+            };
+            let found = self.try_out(config, residues, staged, ui)?;
+            if !job.keep_failed {
+                found.clone().accepted()?;
+            }
+            verdict = Some(found);
+            Ok(())
+        })?;
+        self.report.verdict = verdict;
+        self.report.delivered = delivered;
+        if !residues.is_empty() {
+            let merged = &self.report.delivered.files[0];
+            let path = merged.with_extension("residue.gguf");
+            residue_of(residues, &Weights::open(merged)?)?.save(&path, job.delivery.force)?;
+            self.report.residue = Some(path);
+        }
         Ok(())
-    })?;
-    if !residues.is_empty() {
-        let merged = &report.delivered.files[0];
-        let path = merged.with_extension("residue.gguf");
-        residue_of(residues, &Weights::open(merged)?)?.save(&path, job.delivery.force)?;
-        report.residue = Some(path);
     }
-    Ok(())
-}
 
-fn open_patches(job: &Job<'_>) -> Result<Vec<(Patch, f32)>, Error> {
-    let weights = Weights::open(job.model)?;
-    job.specs
-        .iter()
-        .map(|&(path, scale)| {
-            let patch = Patch::open_any(path, &weights)?;
-            patch.check_shapes(&weights)?;
-            patch.check_base(&weights)?;
-            Ok((patch, scale))
-        })
-        .collect()
-}
-
-/// Second moments from the best source at hand. The model is open only while its inputs are
-/// captured.
-fn calibrate(
-    job: &Job<'_>,
-    patches: &[(Patch, f32)],
-    scratch: &Path,
-    ui: &mut dyn Ui,
-) -> Result<Calibration, Error> {
-    if let Some(path) = job.imatrix {
-        return Ok(Calibration::Imatrix(Imatrix::open(path)?));
+    /// Second moments from the best source at hand. The model is open only while its inputs are
+    /// captured.
+    fn calibrate(&self, scratch: &Path, ui: &mut dyn Ui) -> Result<Calibration, Error> {
+        let (job, patches) = (self.job, self.patches);
+        if let Some(path) = job.imatrix {
+            return Ok(Calibration::Imatrix(Imatrix::open(path)?));
+        }
+        let texts = !(job.texts.forget.is_empty()
+            && job.texts.retain.is_empty()
+            && job.texts.general.is_empty());
+        let beside = match job.specs.as_slice() {
+            [(path, _)] if !texts => Some(companion(path)).filter(|p| p.is_file()),
+            _ => None,
+        };
+        if let Some(path) = job.sketch.or(beside.as_deref()) {
+            let sketch = SketchFile::open(path)?;
+            let digests: Result<Vec<_>, Error> =
+                patches.iter().map(|(p, _)| of_file(&p.path)).collect();
+            sketch.check_patches(&digests?)?;
+            ui.notice(&format!("calibrating by {}", path.display()));
+            return Ok(Calibration::Sketch(sketch));
+        }
+        let open = OpenModel::open(job.model, job.n_gpu_layers)?;
+        let tokens = self.tokens(&open, ui)?;
+        let adapters = open_adapters(&open, job.specs.iter().copied())?;
+        let tensors: BTreeSet<String> = patches
+            .iter()
+            .flat_map(|(p, _)| p.updates.iter().map(|u| u.tensor.clone()))
+            .collect();
+        let tensors: Vec<String> = tensors.into_iter().collect();
+        let config = MomentsConfig {
+            spill_dir: scratch.to_owned(),
+            ..MomentsConfig::default()
+        };
+        Ok(Calibration::Texts(capture(
+            &open,
+            &adapters,
+            &tensors,
+            &tokens.sources(),
+            &config,
+            job.n_threads,
+            &mut |done, total| ui.progress("capturing inputs", done, total),
+        )?))
     }
-    let texts = !(job.texts.forget.is_empty()
-        && job.texts.retain.is_empty()
-        && job.texts.general.is_empty());
-    let beside = match job.specs.as_slice() {
-        [(path, _)] if !texts => Some(companion(path)).filter(|p| p.is_file()),
-        _ => None,
-    };
-    if let Some(path) = job.sketch.or(beside.as_deref()) {
-        let sketch = SketchFile::open(path)?;
-        let digests: Result<Vec<_>, Error> =
-            patches.iter().map(|(p, _)| of_file(&p.path)).collect();
-        sketch.check_patches(&digests?)?;
-        ui.notice(&format!("calibrating by {}", path.display()));
-        return Ok(Calibration::Sketch(sketch));
+
+    /// The staged file against model and patches.
+    fn try_out(
+        &self,
+        config: &GateConfig,
+        residues: &[Update],
+        staged: &Path,
+        ui: &mut dyn Ui,
+    ) -> Result<Verdict, Error> {
+        let job = self.job;
+        let open = OpenModel::open(job.model, job.n_gpu_layers)?;
+        let adapters = open_adapters(&open, job.specs.iter().copied())?;
+        let tokens = self.tokens(&open, ui)?;
+        let merged = OpenModel::open(staged, job.n_gpu_layers)?;
+        let residues: Loaded = match residues {
+            [] => Vec::new(),
+            _ => vec![(
+                load_patch(&merged.model, &residue_of(residues, &merged.weights)?)?,
+                1.0,
+            )],
+        };
+        gate(
+            (&open.model, &adapters),
+            (&merged.model, &residues),
+            &tokens.sources(),
+            config,
+            job.n_threads,
+            &mut |done, total| ui.progress("comparing", done, total),
+        )
     }
-    let open = OpenModel::open(job.model, job.n_gpu_layers)?;
-    let tokens = Tokens::new(job, &open, ui)?;
-    let adapters = open_adapters(&open, job.specs.iter().copied())?;
-    let tensors: BTreeSet<String> = patches
-        .iter()
-        .flat_map(|(p, _)| p.updates.iter().map(|u| u.tensor.clone()))
-        .collect();
-    let tensors: Vec<String> = tensors.into_iter().collect();
-    let config = MomentsConfig {
-        spill_dir: scratch.to_owned(),
-        ..MomentsConfig::default()
-    };
-    Ok(Calibration::Texts(capture(
-        &open,
-        &adapters,
-        &tensors,
-        &tokens.sources(),
-        &config,
-        job.n_threads,
-        &mut |done, total| ui.progress("capturing inputs", done, total),
-    )?))
-}
-
-/// The staged file against model and patches.
-fn try_out(
-    job: &Job<'_>,
-    config: &GateConfig,
-    residues: &[Update],
-    staged: &Path,
-    ui: &mut dyn Ui,
-) -> Result<Verdict, Error> {
-    let open = OpenModel::open(job.model, job.n_gpu_layers)?;
-    let adapters = open_adapters(&open, job.specs.iter().copied())?;
-    let tokens = Tokens::new(job, &open, &mut Silent)?;
-    let merged = OpenModel::open(staged, job.n_gpu_layers)?;
-    let residues: Loaded = match residues {
-        [] => Vec::new(),
-        _ => vec![(
-            load_patch(&merged.model, &residue_of(residues, &merged.weights)?)?,
-            1.0,
-        )],
-    };
-    gate(
-        (&open.model, &adapters),
-        (&merged.model, &residues),
-        &tokens.sources(),
-        config,
-        job.n_threads,
-        &mut |done, total| ui.progress("comparing", done, total),
-    )
-}
-
-/// What was said once while calibrating need not be said again.
-struct Silent;
-
-impl Ui for Silent {
-    fn notice(&mut self, _: &str) {}
-    fn progress(&mut self, _: &str, _: usize, _: usize) {}
 }
 
 fn residue_of(residues: &[Update], merged: &Weights) -> Result<Patch, Error> {
