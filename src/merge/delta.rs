@@ -1,7 +1,10 @@
 //! ΔW = Σ s·B·A of one tensor, a row at a time: no [n_in, n_out] matrix is ever formed.
 
 use super::error::RoundError;
-use crate::patch::Update;
+use crate::error::Error;
+use crate::graph::weights::Weights;
+use crate::patch::{Patch, Update};
+use std::collections::HashMap;
 
 /// One low-rank term: `lora_a` [n_in, rank], `lora_b` [rank, n_out].
 #[derive(Debug, Clone, Copy)]
@@ -103,4 +106,32 @@ impl<'a> Delta<'a> {
             }
         }
     }
+}
+
+/// The updates of `patches`, each at its scale, by tensor. Those that change nothing are left out:
+/// their tensors keep their bytes, which encoding again would not leave alone.
+///
+/// # Errors
+/// Patches that do not fit `model`.
+pub fn deltas<'a>(
+    model: &Weights,
+    patches: &'a [(Patch, f32)],
+) -> Result<HashMap<&'a str, Delta<'a>>, Error> {
+    let mut deltas: HashMap<&str, Delta<'_>> = HashMap::new();
+    for (patch, scale) in patches {
+        patch.check_shapes(model)?;
+        for u in patch.updates.iter().filter(|u| changes(u, *scale)) {
+            deltas
+                .entry(&u.tensor)
+                .or_insert_with(|| Delta::new(u.n_in, u.n_out))
+                .push_update(u, *scale)?;
+        }
+    }
+    Ok(deltas)
+}
+
+/// Whether an update is more than zeros.
+fn changes(u: &Update, scale: f32) -> bool {
+    let any = |v: &[f32]| v.iter().any(|x| *x != 0.0);
+    scale * u.scale != 0.0 && any(&u.lora_a) && any(&u.lora_b)
 }

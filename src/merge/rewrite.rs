@@ -5,15 +5,15 @@
 //! update survives in Q4_K), so `Keep` is for large updates; F16 keeps everything and grows the
 //! file.
 
+use super::delta::deltas;
 use super::record::record;
 use crate::error::Error;
 use crate::ggml::{can_encode, dequantize, quantize};
 use crate::gguf::{GgmlType, GgufWriter, Metadata};
 use crate::graph::weights::Weights;
-use crate::patch::{Patch, Update};
+use crate::patch::Patch;
 use rayon::prelude::*;
 use serde::Serialize;
-use std::collections::HashMap;
 
 /// Rows updated and encoded at a time by one worker.
 const BLOCK_ROWS: usize = 64;
@@ -66,28 +66,16 @@ pub fn rewrite<'a>(
     out_type: OutType,
     form: Form,
 ) -> Result<Rewrite<'a>, Error> {
-    for (patch, _) in patches {
-        patch.check_shapes(model)?;
-    }
+    let mut deltas = deltas(model, patches)?;
     let set = model.set();
     let mut files = empty_files(model, patches, form)?;
-    let mut updates: HashMap<&str, Vec<(&Update, f32)>> = HashMap::new();
-    for (patch, scale) in patches {
-        // A tensor that does not change keeps its bytes: encoding again would not.
-        for u in patch.updates.iter().filter(|u| changes(u, *scale)) {
-            updates
-                .entry(&u.tensor)
-                .or_default()
-                .push((u, scale * u.scale));
-        }
-    }
     let mut tensors = Vec::new();
     let mut n_copied = 0;
     let parts = set.parts().iter().enumerate();
     let all = parts.flat_map(|(no, part)| part.tensors().iter().map(move |t| (no, part, t)));
     for (no, part, info) in all {
         let file = &mut files[if form.join { 0 } else { no }];
-        let Some(updates) = updates.get(info.name.as_str()) else {
+        let Some(delta) = deltas.remove(info.name.as_str()) else {
             file.copy_tensor(part, &info.name)?;
             n_copied += 1;
             continue;
@@ -109,7 +97,6 @@ pub fn rewrite<'a>(
         let (from, row_bytes, n_rows) =
             (info.ty, info.row_bytes() as usize, info.n_rows() as usize);
         let bytes = model.bytes(&info.name)?;
-        let updates = updates.clone();
         file.tensor(&info.name, info.dims(), to, move |w| {
             for first in (0..n_rows).step_by(CHUNK_ROWS) {
                 let last = (first + CHUNK_ROWS).min(n_rows);
@@ -125,9 +112,7 @@ pub fn rewrite<'a>(
                                 &bytes[o * row_bytes..(o + 1) * row_bytes],
                                 values,
                             )?;
-                            for (u, scale) in &updates {
-                                add_row(u, *scale, o, values);
-                            }
+                            delta.add_row(o, values);
                         }
                         quantize(to.id(), &values, n_in, None)
                     })
@@ -174,23 +159,6 @@ pub(super) fn empty_files<'a>(
         .zip(parts)
         .map(|(meta, part)| GgufWriter::new(part.path(), meta))
         .collect())
-}
-
-/// Whether an update is more than zeros.
-pub(super) fn changes(u: &Update, scale: f32) -> bool {
-    let any = |v: &[f32]| v.iter().any(|x| *x != 0.0);
-    scale * u.scale != 0.0 && any(&u.lora_a) && any(&u.lora_b)
-}
-
-/// Adds `scale·(B·A)[row]` to `values [n_in]`.
-fn add_row(u: &Update, scale: f32, row: usize, values: &mut [f32]) {
-    let b = &u.lora_b[row * u.rank..(row + 1) * u.rank];
-    for (b, a) in b.iter().zip(u.lora_a.chunks_exact(u.n_in)) {
-        let w = scale * b;
-        for (v, a) in values.iter_mut().zip(a) {
-            *v += w * a;
-        }
-    }
 }
 
 fn target_type(from: GgmlType, out: OutType, n_in: usize) -> GgmlType {

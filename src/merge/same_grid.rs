@@ -9,14 +9,14 @@
 
 use super::calibration::{Calibration, Judged};
 use super::decide::{Action, Candidate, Choice, Decision, Limits, Policy, Reason, decide, larger};
-use super::delta::Delta;
+use super::delta::{Delta, deltas};
 use super::error::RoundError;
 use super::factor::Factor;
 use super::feedback::{Rounded, Search, round_rows};
 use super::grid::Grid;
 use super::measure::{Measured, Merged, measure};
 use super::promote::promote_rows;
-use super::rewrite::{Form, changes, empty_files};
+use super::rewrite::{Form, empty_files};
 use super::scratch::Scratch;
 use crate::error::Error;
 use crate::gguf::{GgmlType, GgufWriter, TensorInfo};
@@ -177,24 +177,6 @@ pub fn fit(
         out.take(tensor, &decision);
     }
     Ok(out)
-}
-
-/// The updates by tensor; those that change nothing are left out.
-fn deltas<'a>(
-    model: &Weights,
-    patches: &'a [(Patch, f32)],
-) -> Result<HashMap<&'a str, Delta<'a>>, Error> {
-    let mut deltas: HashMap<&str, Delta<'_>> = HashMap::new();
-    for (patch, scale) in patches {
-        patch.check_shapes(model)?;
-        for u in patch.updates.iter().filter(|u| changes(u, *scale)) {
-            deltas
-                .entry(&u.tensor)
-                .or_insert_with(|| Delta::new(u.n_in, u.n_out))
-                .push_update(u, *scale)?;
-        }
-    }
-    Ok(deltas)
 }
 
 /// What a group of tensors shares.
