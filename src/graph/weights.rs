@@ -2,7 +2,7 @@
 //! multiplies with.
 
 use super::GraphError;
-use crate::ggml::{Buffer, Ctx, OpError, Tensor, dequantize, sys};
+use crate::ggml::{Buffer, Cpu, Ctx, OpError, Tensor, dequantize, sys};
 use crate::gguf::{GgmlType, Gguf, GgufSet, MappedGguf, TensorInfo};
 use half::bf16;
 use rayon::prelude::*;
@@ -163,7 +163,7 @@ impl Transposed {
         &mut self,
         ctx: &mut Ctx,
         weights: &Weights,
-        cpu: &crate::ggml::Cpu,
+        cpu: &Cpu,
         name: &str,
     ) -> Result<Tensor, GraphError> {
         let info = weights.info(name)?;
@@ -171,20 +171,10 @@ impl Transposed {
             return weights.leaf(ctx, name);
         }
         let t = ctx.leaf(sys::GGML_TYPE_BF16, info.ne.map(|n| n as i64), name)?;
-        if let Some(buffer) = self.plain.get(name) {
-            ctx.bind(t, buffer, 0)?;
-            return Ok(t);
-        }
-        let buffer = cpu.alloc(ctx.n_bytes(t))?;
-        ctx.bind(t, &buffer, 0)?;
-        let copy: Vec<bf16> = weights
-            .decoded(name)?
-            .into_par_iter()
-            .map(bf16::from_f32)
-            .collect();
-        ctx.write(t, &copy)?;
-        self.plain.insert(name.to_owned(), buffer);
-        Ok(t)
+        keep(&mut self.plain, ctx, t, cpu, name, |ctx| {
+            let w = weights.decoded(name)?.into_par_iter();
+            Ok(ctx.write(t, &w.map(bf16::from_f32).collect::<Vec<_>>())?)
+        })
     }
 
     /// A leaf `[n_out, n_in]` of `ctx` with the transposed weight.
@@ -195,7 +185,7 @@ impl Transposed {
         &mut self,
         ctx: &mut Ctx,
         weights: &Weights,
-        cpu: &crate::ggml::Cpu,
+        cpu: &Cpu,
         name: &str,
     ) -> Result<Tensor, GraphError> {
         let info = weights.info(name)?;
@@ -213,21 +203,36 @@ impl Transposed {
             sys::GGML_TYPE_BF16
         };
         let t = ctx.leaf(ty, [n_out as i64, n_in as i64, 1, 1], "")?;
-        if let Some(buffer) = self.buffers.get(name) {
-            ctx.bind(t, buffer, 0)?;
-            return Ok(t);
-        }
-        let buffer = cpu.alloc(ctx.n_bytes(t))?;
-        ctx.bind(t, &buffer, 0)?;
-        let w = weights.decoded(name)?;
-        if self.f32 {
-            ctx.write(t, &transpose(&w, n_in, |x| x))?;
-        } else {
-            ctx.write(t, &transpose(&w, n_in, bf16::from_f32))?;
-        }
-        self.buffers.insert(name.to_owned(), buffer);
-        Ok(t)
+        let exact = self.f32;
+        keep(&mut self.buffers, ctx, t, cpu, name, |ctx| {
+            let w = weights.decoded(name)?;
+            Ok(if exact {
+                ctx.write(t, &transpose(&w, n_in, |x| x))?
+            } else {
+                ctx.write(t, &transpose(&w, n_in, bf16::from_f32))?
+            })
+        })
     }
+}
+
+/// `t`, bound to the copy kept under `name`; `fill` writes it the first time.
+fn keep(
+    kept: &mut HashMap<String, Arc<Buffer>>,
+    ctx: &mut Ctx,
+    t: Tensor,
+    cpu: &Cpu,
+    name: &str,
+    fill: impl FnOnce(&mut Ctx) -> Result<(), GraphError>,
+) -> Result<Tensor, GraphError> {
+    if let Some(buffer) = kept.get(name) {
+        ctx.bind(t, buffer, 0)?;
+        return Ok(t);
+    }
+    let buffer = cpu.alloc(ctx.n_bytes(t))?;
+    ctx.bind(t, &buffer, 0)?;
+    fill(ctx)?;
+    kept.insert(name.to_owned(), buffer);
+    Ok(t)
 }
 
 /// Rows of `n_in` become columns; `f` converts each element.
