@@ -19,7 +19,7 @@ use nepenthe::ggml::{
 use nepenthe::gguf::GgmlType;
 use nepenthe::merge::decide::larger;
 use nepenthe::merge::delta::Delta;
-use nepenthe::merge::factor::{Factor, mix};
+use nepenthe::merge::factor::Factor;
 use nepenthe::merge::feedback::{Search, round_rows};
 use nepenthe::merge::grid::Grid;
 use nepenthe::merge::measure::{Measured, Merged, Moments, measure};
@@ -401,7 +401,7 @@ fn main() -> Result<()> {
         let fit_r = retain.mean(i);
         let held_f = held_forget.mean(i);
         let held_r = held_retain.mean(i);
-        let h = mix(&fit_r, &fit_f, n_in, args.lambda)?;
+        let h = mix(&fit_r, &fit_f, n_in, args.lambda);
         let importance: Vec<f32> = h.iter().step_by(n_in + 1).copied().collect();
         let timer = Instant::now();
         let factor = Factor::new(h, n_in, args.damping)?;
@@ -503,4 +503,17 @@ fn update_of<'a>(patch: &'a Patch, name: &str) -> Option<&'a nepenthe::patch::Up
 
 fn updates(patch: &Patch, name: &str) -> bool {
     update_of(patch, name).is_some()
+}
+
+/// H_R/tr(H_R) + `lambda`·H_F/tr(H_F), scaled to a trace of about n_in, as the merge weighs its
+/// captured inputs.
+fn mix(retain: &[f32], forget: &[f32], n_in: usize, lambda: f64) -> Vec<f32> {
+    let scale = |h: &[f32], weight: f64| {
+        let trace: f64 = h.iter().step_by(n_in + 1).map(|&v| f64::from(v)).sum();
+        n_in as f64 * weight / trace
+    };
+    let (r, f) = (scale(retain, 1.0), scale(forget, lambda));
+    let both = retain.iter().zip(forget);
+    both.map(|(a, b)| (r * f64::from(*a) + f * f64::from(*b)) as f32)
+        .collect()
 }

@@ -33,31 +33,25 @@ pub fn subspaces(
     let h_f = pooled_outputs(&open.model, adaptable, forget, n_threads, &mut |n| {
         progress(n, total)
     })?;
-    let Some(shared) = shared else {
-        let n_f = forget.len();
-        let h_r = pooled_outputs(&open.model, adaptable, retain, n_threads, &mut |n| {
+    let n_f = forget.len();
+    let h_r = match &shared {
+        Some(_) => Vec::new(),
+        None => pooled_outputs(&open.model, adaptable, retain, n_threads, &mut |n| {
             progress(n_f + n, total)
-        })?;
-        let pooled: Vec<Pooled<'_>> = h_f
-            .iter()
-            .zip(&h_r)
-            .map(|(f, r)| Pooled {
-                tensor: &f.tensor.name,
-                n_out: f.tensor.n_out,
-                forget: &f.h,
-                retain: Retain::Pooled(&r.h),
-            })
-            .collect();
-        return Ok(solve_all(config, &pooled)?);
+        })?,
+    };
+    let retain: Vec<Retain<'_>> = match &shared {
+        Some(bases) => bases.iter().map(Retain::Shared).collect(),
+        None => h_r.iter().map(|r| Retain::Pooled(&r.h)).collect(),
     };
     let pooled: Vec<Pooled<'_>> = h_f
         .iter()
-        .zip(&shared)
-        .map(|(f, basis)| Pooled {
+        .zip(retain)
+        .map(|(f, retain)| Pooled {
             tensor: &f.tensor.name,
             n_out: f.tensor.n_out,
             forget: &f.h,
-            retain: Retain::Shared(basis),
+            retain,
         })
         .collect();
     Ok(solve_all(config, &pooled)?)

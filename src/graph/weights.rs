@@ -206,11 +206,12 @@ impl Transposed {
         let exact = self.f32;
         keep(&mut self.buffers, ctx, t, cpu, name, |ctx| {
             let w = weights.decoded(name)?;
-            Ok(if exact {
-                ctx.write(t, &transpose(&w, n_in, |x| x))?
+            let written = if exact {
+                ctx.write(t, &transpose(&w, n_in, |x| x))
             } else {
-                ctx.write(t, &transpose(&w, n_in, bf16::from_f32))?
-            })
+                ctx.write(t, &transpose(&w, n_in, bf16::from_f32))
+            };
+            Ok(written?)
         })
     }
 }

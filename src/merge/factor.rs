@@ -148,33 +148,6 @@ fn transpose_lower(a: &mut [f64], n: usize) {
     }
 }
 
-/// What feedback should keep small: H_R/tr(H_R) + `lambda`·H_F/tr(H_F), for the inputs of what is
-/// kept and of what is forgotten, both [n_in, n_in]. Moments with trace 0 add nothing.
-///
-/// # Errors
-/// Slices of another length, values that are not finite.
-pub fn mix(
-    retain: &[f32],
-    forget: &[f32],
-    n_in: usize,
-    lambda: f64,
-) -> Result<Vec<f32>, RoundError> {
-    check(retain, n_in)?;
-    check(forget, n_in)?;
-    let scale = |h: &[f32], weight: f64| match trace(h, n_in) {
-        0.0 => 0.0,
-        t => weight / t,
-    };
-    let (r, f) = (scale(retain, 1.0), scale(forget, lambda));
-    // Trace n_in: entries stay near 1 whatever the width.
-    let unit = n_in as f64;
-    Ok(retain
-        .iter()
-        .zip(forget)
-        .map(|(a, b)| (unit * (r * f64::from(*a) + f * f64::from(*b))) as f32)
-        .collect())
-}
-
 pub(super) fn check(h: &[f32], n_in: usize) -> Result<(), RoundError> {
     if h.len() != n_in * n_in {
         return Err(RoundError::Length {
