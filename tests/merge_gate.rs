@@ -6,7 +6,8 @@ use nepenthe::adapter::{Loaded, open_adapters};
 use nepenthe::data::{Sample, build_samples, load_records};
 use nepenthe::ggml::Adapter;
 use nepenthe::gguf::{GgmlType, Gguf, GgufWriter};
-use nepenthe::merge::gate::{GateConfig, GateError, Verdict, compare, gate};
+use nepenthe::merge::compare::{Comparison, Side};
+use nepenthe::merge::gate::{GateConfig, GateError, Verdict, gate};
 use nepenthe::merge::moments::Sources;
 use nepenthe::model::OpenModel;
 use nepenthe::patch::{Patch, Update};
@@ -59,9 +60,15 @@ fn judged(
         max_samples: 10,
         ..GateConfig::default()
     };
-    let merged = (&merged.0.model, merged.1);
-    let unmerged = (&open.model, adapters);
-    gate(unmerged, merged, sources, &config, 1, &mut |_, _| {}).expect("measured")
+    let unmerged = || Ok((open.model.clone(), adapters.clone()));
+    let merged = || Ok((merged.0.model.clone(), merged.1.clone()));
+    let gate = |apart| {
+        let sides: (Side<'_>, Side<'_>) = (&unmerged, &merged);
+        gate(sides, apart, sources, &config, 1, &mut |_, _| {}).expect("measured")
+    };
+    let together = gate(false);
+    assert_eq!(together, gate(true), "one at a time makes no difference");
+    together
 }
 
 #[test]
@@ -70,8 +77,9 @@ fn a_model_is_no_distance_from_itself() {
     let none = Loaded::new();
     for file in ["forget.jsonl", "general.jsonl"] {
         let samples = samples(&open, file, 5);
-        let side = (&open.model, &none);
-        let same = compare(side, side, &samples, 1, &mut |_| {}).expect("compared");
+        let side = || Ok((open.model.clone(), none.clone()));
+        let mut comparison = Comparison::new(&side, &side, false, 1);
+        let same = comparison.of(&samples, &mut |_| {}).expect("compared");
         assert_eq!((same.kl, same.samples), (0.0, samples.len()));
         assert_eq!(same.prob_merged, same.prob_unmerged);
         assert_eq!(

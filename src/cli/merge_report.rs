@@ -1,6 +1,7 @@
 //! What `nepenthe merge` shows.
 
-use crate::merge::gate::{Compared, Verdict};
+use crate::merge::compare::Compared;
+use crate::merge::gate::Verdict;
 use crate::merge::run::Report;
 use crate::merge::same_grid::Outcome;
 use std::collections::BTreeMap;

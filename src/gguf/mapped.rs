@@ -62,6 +62,22 @@ impl MappedGguf {
         &self.map
     }
 
+    /// Give the pages read so far back to the system; what is touched again is read again. A
+    /// system that cannot do so keeps them.
+    pub fn release(&self) {
+        #[cfg(unix)]
+        {
+            // SAFETY: dropping pages loses what was written to them; this map is read-only and of
+            // a file, so that the next access finds the same bytes.
+            #[allow(unsafe_code)]
+            let advised = unsafe {
+                self.map
+                    .unchecked_advise(memmap2::UncheckedAdvice::DontNeed)
+            };
+            drop(advised);
+        }
+    }
+
     /// The data of the tensor called `name`; starts at a multiple of 8 bytes in memory.
     ///
     /// # Errors

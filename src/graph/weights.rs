@@ -100,6 +100,13 @@ impl Weights {
         Ok(out)
     }
 
+    /// Give the pages read so far back to the system; what is touched again is read again.
+    pub fn release(&self) {
+        for part in &self.parts {
+            part.map.release();
+        }
+    }
+
     /// A leaf of `ctx` over the mapped bytes of a tensor.
     ///
     /// # Errors

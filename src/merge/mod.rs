@@ -1,6 +1,7 @@
 //! Patches merged into the model's own weights: what is written, where it goes, and the way back.
 
 pub mod calibration;
+pub mod compare;
 pub mod decide;
 pub mod deliver;
 pub mod delta;

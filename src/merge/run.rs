@@ -24,6 +24,9 @@ use std::cell::OnceCell;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+/// Models up to this size are open together with their merged file when the two are compared.
+const TOGETHER_BYTES: u64 = 384 << 20;
+
 /// Texts a merge is calibrated and judged on; any may be empty.
 #[derive(Debug, Clone, Default)]
 pub struct Texts {
@@ -353,20 +356,30 @@ impl Run<'_> {
         ui: &mut dyn Ui,
     ) -> Result<Verdict, Error> {
         let job = self.job;
-        let open = OpenModel::open(job.model, job.n_gpu_layers)?;
-        let adapters = open_adapters(&open, job.specs.iter().copied())?;
-        let tokens = self.tokens(&open, ui)?;
-        let merged = OpenModel::open(staged, job.n_gpu_layers)?;
-        let residues: Loaded = match residues {
-            [] => Vec::new(),
-            _ => vec![(
-                load_patch(&merged.model, &residue_of(residues, &merged.weights)?)?,
-                1.0,
-            )],
+        if self.tokens.get().is_none() {
+            self.tokens(&OpenModel::open(job.model, job.n_gpu_layers)?, ui)?;
+        }
+        let tokens = self.tokens.get().expect("made above");
+        let unmerged = || {
+            let open = OpenModel::open(job.model, job.n_gpu_layers)?;
+            let adapters = open_adapters(&open, job.specs.iter().copied())?;
+            Ok((open.model, adapters))
         };
+        let merged = || {
+            let open = OpenModel::open(staged, job.n_gpu_layers)?;
+            let residues: Loaded = match residues {
+                [] => Vec::new(),
+                _ => {
+                    let residue = residue_of(residues, &open.weights)?;
+                    vec![(load_patch(&open.model, &residue)?, 1.0)]
+                }
+            };
+            Ok((open.model, residues))
+        };
+        self.weights.release();
         gate(
-            (&open.model, &adapters),
-            (&merged.model, &residues),
+            (&unmerged, &merged),
+            self.report.file_len_before > TOGETHER_BYTES,
             &tokens.sources(),
             config,
             job.n_threads,

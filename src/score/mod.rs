@@ -30,7 +30,7 @@ use std::sync::Arc;
 /// Sequences decoded side by side.
 pub const N_PARALLEL: usize = 16;
 /// Tokens per decode.
-const N_BATCH: usize = 512;
+pub const N_BATCH: usize = 512;
 /// Longest greedy answer.
 pub const MAX_ANSWER: usize = 200;
 
