@@ -207,9 +207,12 @@ impl Error {
     /// 5 quality gate not met, 6 resources, 7 committed but durability unknown, 8 engine.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Setting { .. }
-            | Self::Atomic(AtomicError::Exists { .. } | AtomicError::NoFileName { .. }) => 2,
-            Self::Gguf(GgufError::Atomic(AtomicError::Exists { .. })) => 2,
+            Self::Setting { .. } => 2,
+            Self::Atomic(e) | Self::Gguf(GgufError::Atomic(e)) => match e {
+                AtomicError::Exists { .. } | AtomicError::NoFileName { .. } => 2,
+                AtomicError::Io { doing, .. } if *doing == "syncing the directory" => 7,
+                AtomicError::Io { .. } => 6,
+            },
             Self::Patch(e) => {
                 if e.is_mismatch() {
                     4
@@ -237,8 +240,7 @@ impl Error {
             | Self::Gguf(_)
             | Self::Data(_)
             | Self::NotAModel { .. } => 3,
-            Self::Atomic(AtomicError::Io { doing, .. }) if *doing == "syncing the directory" => 7,
-            Self::Atomic(_) | Self::Io { .. } => 6,
+            Self::Io { .. } => 6,
             Self::Graph(GraphError::Ggml(OpError::Memory { .. }))
             | Self::Moments(MomentsError::Memory { .. }) => 6,
             Self::Moments(MomentsError::NoTokens | MomentsError::NoSet { .. })

@@ -258,6 +258,24 @@ fn patches_apply_merge_and_are_refused_elsewhere() {
             text(&data),
         ],
     );
+    if let Some(stories) = support::stories() {
+        let refused = fails(
+            4,
+            &[
+                "run",
+                "-m",
+                text(&stories),
+                "--lora",
+                text(&patch),
+                "-p",
+                "x",
+            ],
+        );
+        assert!(
+            refused.contains("made for nepenthe-mini") && refused.contains("p.gguf"),
+            "{refused}"
+        );
+    }
     let twice = fails(
         2,
         &[
@@ -424,4 +442,40 @@ fn data_goes_to_stdout_and_the_rest_to_stderr() {
         "Snow is white."
     );
     assert!(out.stderr.is_empty());
+}
+
+/// A file-size limit stands for a disk that fills up: both fail in the middle of a write.
+#[cfg(unix)]
+#[test]
+fn a_full_disk_is_exit_code_6_and_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let out = dir.path().join("out.gguf");
+    let done = std::process::Command::new("bash")
+        .args(["-c", "trap '' XFSZ; ulimit -f 600; exec \"$@\"", "bash"])
+        .arg(env!("CARGO_BIN_EXE_nepenthe"))
+        .args([
+            "learn",
+            "-m",
+            text(&mini()),
+            "--data",
+            text(&demo("forget.jsonl")),
+        ])
+        .args([
+            "-o",
+            text(&out),
+            "--steps",
+            "1",
+            "--rank",
+            "64",
+            "-t",
+            "1",
+            "--quiet",
+        ])
+        .output()
+        .expect("bash is there");
+    let stderr = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(6), "{stderr}");
+    assert!(stderr.contains("out.gguf: writing failed"), "{stderr}");
+    let left = fs::read_dir(dir.path()).expect("readable").count();
+    assert_eq!(left, 0, "{stderr}");
 }

@@ -50,6 +50,18 @@ pub enum PatchError {
         tensor: String,
         at: usize,
     },
+    #[error(
+        "{}: made for {}, whose {tensor} is {found:?}; the model's is {wanted:?}",
+        path.display(),
+        base.as_deref().unwrap_or("another model")
+    )]
+    Misfit {
+        path: PathBuf,
+        tensor: String,
+        wanted: Vec<u64>,
+        found: [usize; 2],
+        base: Option<String>,
+    },
     #[error("{}: made for the architecture {found}, the model is {wanted}", path.display())]
     Arch {
         path: PathBuf,
@@ -82,6 +94,7 @@ impl PatchError {
                 | Self::Merged { .. }
                 | Self::Arch { .. }
                 | Self::NoSuchTensor { .. }
+                | Self::Misfit { .. }
                 | Self::Base { .. }
         )
     }

@@ -205,7 +205,7 @@ impl Patch {
     /// Whether architecture and every shape fit `model`.
     ///
     /// # Errors
-    /// [`PatchError::Arch`], [`PatchError::NoSuchTensor`] or [`PatchError::Shape`].
+    /// [`PatchError::Arch`], [`PatchError::NoSuchTensor`] or [`PatchError::Misfit`].
     pub fn check_shapes(&self, model: &Weights) -> Result<(), Error> {
         let arch = model.arch()?;
         if arch != self.arch {
@@ -225,11 +225,12 @@ impl Patch {
                 .into());
             };
             if t.ne != [u.n_in as u64, u.n_out as u64, 1, 1] {
-                return Err(PatchError::Shape {
+                return Err(PatchError::Misfit {
                     path: self.path.clone(),
                     tensor: u.tensor.clone(),
-                    wanted: format!("{:?}", t.dims()),
-                    found: format!("{:?}", [u.n_in, u.n_out]),
+                    wanted: t.dims().to_vec(),
+                    found: [u.n_in, u.n_out],
+                    base: self.info.as_ref().map(|i| i.base.name.clone()),
                 }
                 .into());
             }
