@@ -70,6 +70,7 @@ struct Report {
 }
 
 fn contend(contender: &str, model: &Path, data: &Path, n_threads: usize) -> Fallible<()> {
+    nepenthe::ggml::return_large_blocks();
     match contender {
         "ours" => ours(model, data, n_threads),
         "llama" => llama(model, data, n_threads),

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     // `nepenthe diff A B | head` ends quietly, as other filters do.
     sigpipe::reset();
+    nepenthe::ggml::return_large_blocks();
     let cli = match Cli::try_parse_from(llama_style(std::env::args_os())) {
         Ok(cli) => cli,
         Err(e) => {

@@ -3,6 +3,7 @@
 use super::ctx::{Ctx, Graph, OpError, Tensor};
 use ggml_sys::{ggml_backend_buffer_t, ggml_backend_t, ggml_gallocr_t, ggml_threadpool_t};
 use std::any::Any;
+use std::cell::Cell;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ use std::sync::Arc;
 pub struct Cpu {
     raw: ggml_backend_t,
     pool: ggml_threadpool_t,
+    retired: Cell<Option<Plan>>,
 }
 
 impl Cpu {
@@ -38,7 +40,11 @@ impl Cpu {
             }
             ggml_sys::ggml_backend_cpu_set_n_threads(raw, n);
             ggml_sys::ggml_backend_cpu_set_threadpool(raw, pool);
-            Ok(Self { raw, pool })
+            Ok(Self {
+                raw,
+                pool,
+                retired: Cell::default(),
+            })
         }
     }
 
@@ -76,25 +82,42 @@ impl Cpu {
         Ok(Arc::new(Buffer { raw, _keep: None }))
     }
 
-    /// Give memory to every tensor of `graph` that has none, reusing it along the graph.
+    /// Give memory to every tensor of `graph` that has none, reusing it along the graph, and
+    /// that of a plan which was [retired](Self::retire): fresh pages cost more than many of a
+    /// graph's operations.
     ///
     /// # Errors
     /// When the memory cannot be had.
     pub fn plan(&self, ctx: &Ctx, graph: Graph) -> Result<Plan, OpError> {
-        // SAFETY: graph and tensors belong to `ctx`; the Plan owns the allocator and must
-        // outlive the computation (the caller keeps both in one struct).
-        unsafe {
-            let buft = ggml_sys::ggml_backend_get_default_buffer_type(self.raw);
-            let raw = ggml_sys::ggml_gallocr_new(buft);
-            if raw.is_null() || !ggml_sys::ggml_gallocr_alloc_graph(raw, ctx.graph_ptr(graph)) {
-                if !raw.is_null() {
-                    ggml_sys::ggml_gallocr_free(raw);
+        const NO_MEMORY: OpError = OpError::Backend("no memory for the graph");
+        let mut plan = match self.retired.take() {
+            Some(plan) => plan,
+            None => {
+                // SAFETY: the buffer type is the backend's own; the Plan owns the allocator.
+                let raw = unsafe {
+                    let buft = ggml_sys::ggml_backend_get_default_buffer_type(self.raw);
+                    ggml_sys::ggml_gallocr_new(buft)
+                };
+                if raw.is_null() {
+                    return Err(NO_MEMORY);
                 }
-                return Err(OpError::Backend("no memory for the graph"));
+                Plan { raw, bytes: 0 }
             }
-            let bytes = ggml_sys::ggml_gallocr_get_buffer_size(raw, 0);
-            Ok(Plan { raw, bytes })
+        };
+        // SAFETY: graph and tensors belong to `ctx`; the Plan must outlive the computation (the
+        // caller keeps both in one struct).
+        unsafe {
+            if !ggml_sys::ggml_gallocr_alloc_graph(plan.raw, ctx.graph_ptr(graph)) {
+                return Err(NO_MEMORY);
+            }
+            plan.bytes = ggml_sys::ggml_gallocr_get_buffer_size(plan.raw, 0);
         }
+        Ok(plan)
+    }
+
+    /// Keep the memory of a graph that is not computed again for the next plan.
+    pub fn retire(&self, plan: Plan) {
+        self.retired.set(Some(plan));
     }
 }
 

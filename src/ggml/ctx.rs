@@ -323,6 +323,18 @@ impl Ctx {
         Ok(())
     }
 
+    /// The values of a contiguous f32 tensor, in place.
+    ///
+    /// # Errors
+    /// Another type, or no memory.
+    pub fn values_mut(&mut self, t: Tensor) -> Result<&mut [f32]> {
+        let n = self.n_elements(t);
+        self.check_data(t, n * size_of::<f32>())?;
+        // SAFETY: the tensor has memory for `n` floats, on this host (`Cpu` is the one backend),
+        // aligned as ggml aligns all data; the borrow of `self` keeps others from it meanwhile.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.get(t).data.cast(), n) })
+    }
+
     fn check_data(&self, t: Tensor, n_bytes: usize) -> Result<()> {
         if self.get(t).data.is_null() {
             return Err(OpError::Unallocated(self.describe(&[t])));

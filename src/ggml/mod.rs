@@ -35,6 +35,18 @@ pub mod sys {
     };
 }
 
+/// Have blocks of a megabyte and more given back to the system as soon as they are free. glibc
+/// moves that border up to 32 MB with every larger block it sees, and what capture leaves behind
+/// then stays resident through training: 140 MB of 1,580 on Gemma-3-270M. For programs, at their
+/// start.
+pub fn return_large_blocks() {
+    // SAFETY: sets a number in the allocator.
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 20);
+    }
+}
+
 /// The name of a ggml op number, as ggml spells it.
 pub fn op_name(op: u32) -> String {
     if op >= ggml_sys::llama::GGML_OP_COUNT {

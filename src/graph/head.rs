@@ -34,7 +34,6 @@ pub struct Head {
     n_vocab: usize,
     output_weight: String,
     hidden_chunk: Vec<f32>,
-    logits_chunk: Vec<f32>,
 }
 
 struct NoWeights;
@@ -151,7 +150,6 @@ impl Head {
             n_vocab,
             output_weight: template.output_weight.clone(),
             hidden_chunk: vec![0.0; n_embd as usize * CHUNK],
-            logits_chunk: vec![0.0; n_vocab * CHUNK],
         })
     }
 
@@ -179,7 +177,8 @@ impl Head {
         for first in (0..n_rows).step_by(CHUNK) {
             let n = CHUNK.min(n_rows - first);
             self.chunk(cpu, hidden, first, n)?;
-            losses.grade(first, n, &mut self.logits_chunk[..n * self.n_vocab]);
+            let logits = self.ctx.values_mut(self.logits)?;
+            losses.grade(first, n, &mut logits[..n * self.n_vocab]);
         }
         Ok(())
     }
@@ -203,15 +202,20 @@ impl Head {
         for first in (0..n_rows).step_by(CHUNK) {
             let n = CHUNK.min(n_rows - first);
             self.chunk(cpu, hidden, first, n)?;
-            losses.grade(first, n, &mut self.logits_chunk[..n * self.n_vocab]);
-            self.logits_chunk[n * self.n_vocab..].fill(0.0);
-            if let Some((graph, seed, out)) = self.after {
-                self.ctx.write(seed, &self.logits_chunk)?;
-                cpu.compute(&self.ctx, graph)?;
-                self.ctx.read(out, &mut self.logits_chunk)?;
-            }
+            let logits = self.ctx.values_mut(self.logits)?;
+            losses.grade(first, n, &mut logits[..n * self.n_vocab]);
+            logits[n * self.n_vocab..].fill(0.0);
+            let grad = match self.after {
+                Some((graph, seed, out)) => {
+                    let wanted = logits.to_vec();
+                    self.ctx.write(seed, &wanted)?;
+                    cpu.compute(&self.ctx, graph)?;
+                    self.ctx.values_mut(out)?
+                }
+                None => self.ctx.values_mut(self.logits)?,
+            };
             let into = &mut d_hidden[first * self.n_embd..(first + n) * self.n_embd];
-            sparse_product(weights, &self.output_weight, &self.logits_chunk, n, into)?;
+            sparse_product(weights, &self.output_weight, grad, n, into)?;
         }
         Ok(())
     }
@@ -228,7 +232,6 @@ impl Head {
         self.hidden_chunk[rows.len()..].fill(0.0);
         self.ctx.write(self.hidden, &self.hidden_chunk)?;
         cpu.compute(&self.ctx, self.graph)?;
-        self.ctx.read(self.logits, &mut self.logits_chunk)?;
         Ok(())
     }
 }

@@ -457,6 +457,11 @@ impl Tape {
         Ok(tape)
     }
 
+    /// Leave the graphs' memory to the next tape on `cpu`.
+    pub fn retire(self, cpu: &Cpu) {
+        cpu.retire(self.plan);
+    }
+
     /// Whether the graph has dropout masks to set.
     pub fn has_dropout(&self) -> bool {
         !self.dropout.is_empty()

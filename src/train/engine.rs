@@ -336,7 +336,9 @@ impl<'m> Engine<'m> {
         if self.tape.as_ref().is_some_and(fits) {
             return Ok(());
         }
-        self.tape = None;
+        if let Some((tape, _)) = self.tape.take() {
+            tape.retire(&self.cpu);
+        }
         let parts = Parts {
             template: &self.template,
             weights: &self.open.weights,
