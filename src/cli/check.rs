@@ -7,6 +7,10 @@ use clap::Args;
 
 /// Whether a model can be trained here, and at what cost
 #[derive(Debug, Args)]
+#[command(after_long_help = concat!(
+    "Architectures tested on models of random weights:\n\n",
+    include_str!("../architectures.md")
+))]
 pub struct Check {
     #[command(flatten)]
     model: ModelArgs,

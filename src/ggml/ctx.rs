@@ -434,6 +434,30 @@ impl Ctx {
         self.keep(raw)
     }
 
+    /// Elementwise square root.
+    ///
+    /// # Errors
+    /// A tensor that is not contiguous f32.
+    pub fn sqrt(&mut self, a: Tensor) -> Result<Tensor> {
+        let ok = self.is_f32(a) && self.is_contiguous(a);
+        self.need(ok, "sqrt", "contiguous f32", &[a])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_sqrt(self.raw(), self.ptr(a)) };
+        self.keep(raw)
+    }
+
+    /// Elements below `min` become `min`, those above `max` become `max`.
+    ///
+    /// # Errors
+    /// A tensor that is not contiguous f32.
+    pub fn clamp(&mut self, a: Tensor, min: f32, max: f32) -> Result<Tensor> {
+        let ok = self.is_f32(a) && self.is_contiguous(a);
+        self.need(ok, "clamp", "contiguous f32", &[a])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_clamp(self.raw(), self.ptr(a), min, max) };
+        self.keep(raw)
+    }
+
     /// A unary op by its ggml number (tanh, gelu, silu, relu, …).
     ///
     /// # Errors
@@ -456,6 +480,18 @@ impl Ctx {
         self.need(ok, "sum_rows", "f32 with packed rows", &[a])?;
         // SAFETY: checked above.
         let raw = unsafe { ggml_sys::ggml_sum_rows(self.raw(), self.ptr(a)) };
+        self.keep(raw)
+    }
+
+    /// Mean over `ne[0]`: `[n, a, b, c] → [1, a, b, c]`.
+    ///
+    /// # Errors
+    /// A tensor that is not f32 with packed rows.
+    pub fn mean(&mut self, a: Tensor) -> Result<Tensor> {
+        let ok = self.is_f32(a) && self.rows_packed(a);
+        self.need(ok, "mean", "f32 with packed rows", &[a])?;
+        // SAFETY: checked above.
+        let raw = unsafe { ggml_sys::ggml_mean(self.raw(), self.ptr(a)) };
         self.keep(raw)
     }
 
@@ -603,14 +639,17 @@ impl Ctx {
         self.keep(raw)
     }
 
-    /// Softmax over `ne[0]` of `a·scale + mask`, `mask [n_kv, n_tokens]`.
+    /// Softmax over `ne[0]` of `a·scale + mask`, `mask [n_kv, n_tokens]`; with `max_bias` the mask
+    /// is scaled by each head's ALiBi slope, with `sinks [n_heads]` each head has one more score
+    /// that takes its share of the sum and has no element.
     ///
     /// # Errors
-    /// A non-contiguous tensor or a mask that does not cover it.
+    /// A non-contiguous tensor, a mask that does not cover it, or another number of sinks.
     pub fn soft_max(
         &mut self,
         a: Tensor,
         mask: Option<Tensor>,
+        sinks: Option<Tensor>,
         scale: f32,
         max_bias: f32,
     ) -> Result<Tensor> {
@@ -627,21 +666,26 @@ impl Ctx {
         let ok = self.is_f32(a)
             && self.is_contiguous(a)
             && mask_ok
+            && sinks.is_none_or(|s| self.is_f32(s) && self.ne(s) == [x[2], 1, 1, 1])
             && (max_bias == 0.0 || mask.is_some());
         self.need(
             ok,
             "soft_max",
-            "contiguous f32 and a mask of its rows",
+            "contiguous f32, a mask of its rows and a sink for each head",
             &[a],
         )?;
         let mask = mask.map_or(null_mut(), |m| self.ptr(m));
-        // SAFETY: checked above.
-        let raw =
-            unsafe { ggml_sys::ggml_soft_max_ext(self.raw(), self.ptr(a), mask, scale, max_bias) };
+        let sinks = sinks.map_or(null_mut(), |s| self.ptr(s));
+        // SAFETY: checked above; no sinks are a null pointer there as well.
+        let raw = unsafe {
+            let raw = ggml_sys::ggml_soft_max_ext(self.raw(), self.ptr(a), mask, scale, max_bias);
+            ggml_sys::ggml_soft_max_add_sinks(raw, sinks);
+            raw
+        };
         self.keep(raw)
     }
 
-    /// Gradient of [`Ctx::soft_max`] (no bias) from its result `y`.
+    /// Gradient of [`Ctx::soft_max`] by its scores, from its result `y`.
     ///
     /// # Errors
     /// Tensors that are not contiguous f32 of one shape.
@@ -916,6 +960,42 @@ impl Ctx {
     pub fn transposed(&mut self, a: Tensor) -> Result<Tensor> {
         let t = self.transpose(a)?;
         self.cont(t, self.ne(t))
+    }
+
+    /// `a` repeated to shape `ne`.
+    ///
+    /// # Errors
+    /// A shape that is no multiple of `a`'s.
+    pub fn repeat(&mut self, a: Tensor, ne: [i64; 4]) -> Result<Tensor> {
+        let from = self.ne(a);
+        let whole = (0..4).all(|d| ne[d] > 0 && ne[d] % from[d] == 0);
+        let ok = self.is_f32(a) && self.rows_packed(a) && whole;
+        self.need(ok, "repeat", "f32 and multiples of its shape", &[a])?;
+        // SAFETY: checked above.
+        let raw = unsafe {
+            ggml_sys::ggml_repeat_4d(self.raw(), self.ptr(a), ne[0], ne[1], ne[2], ne[3])
+        };
+        self.keep(raw)
+    }
+
+    /// `a` followed by `b` along dimension `dim`.
+    ///
+    /// # Errors
+    /// Shapes that differ in another dimension.
+    pub fn concat(&mut self, a: Tensor, b: Tensor, dim: usize) -> Result<Tensor> {
+        let (x, y) = (self.ne(a), self.ne(b));
+        let same = dim < 4 && (0..4).all(|d| d == dim || x[d] == y[d]);
+        let ok = self.is_f32(a) && self.is_f32(b) && same;
+        self.need(
+            ok,
+            "concat",
+            "f32 of one shape but for one dimension",
+            &[a, b],
+        )?;
+        // SAFETY: checked above; dim is below 4.
+        let raw =
+            unsafe { ggml_sys::ggml_concat(self.raw(), self.ptr(a), self.ptr(b), dim as i32) };
+        self.keep(raw)
     }
 
     /// Sum the repeats of `a` down to `like`'s shape (the transpose of broadcasting).

@@ -26,6 +26,15 @@ pub struct Packed {
     pub n_rows: usize,
 }
 
+/// What an attention mask holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MaskKind {
+    /// Tokens further back than this are hidden.
+    pub window: Option<usize>,
+    /// What is seen has minus its distance, for ALiBi, instead of 0.
+    pub distance: bool,
+}
+
 /// Token counts are padded to this: attention sums then have llama.cpp's own lengths.
 pub const TOKEN_PAD: usize = 32;
 /// Row counts are padded to this.
@@ -67,18 +76,21 @@ impl Packed {
         self.rows.len()
     }
 
-    /// The additive mask `[T, T]`: row q lets token q see its own sequence up to itself,
-    /// and no further back than `window` tokens when there is a window.
-    pub fn mask(&self, window: Option<usize>) -> Vec<f32> {
+    /// The additive mask `[T, T]`: row q lets token q see its own sequence up to itself.
+    pub fn mask(&self, kind: MaskKind) -> Vec<f32> {
         let n = self.n_tokens();
         let mut mask = vec![f32::NEG_INFINITY; n * n];
         for q in 0..n {
             let row = &mut mask[q * n..(q + 1) * n];
             for (k, m) in row.iter_mut().enumerate() {
                 let distance = self.positions[q] - self.positions[k];
-                let near = window.is_none_or(|w| (distance as usize) < w);
+                let near = kind.window.is_none_or(|w| (distance as usize) < w);
                 if self.sequence[k] == self.sequence[q] && distance >= 0 && near {
-                    *m = 0.0;
+                    *m = if kind.distance {
+                        -(distance as f32)
+                    } else {
+                        0.0
+                    };
                 }
             }
         }

@@ -39,12 +39,15 @@ pub struct Record {
     pub nodes: Vec<Node>,
 }
 
-/// What an op needs beyond its sources: the shape it is asked for, and a view's strides.
+/// What an op needs beyond its sources: the shape it is asked for, and where a view lies.
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Wanted {
     /// Elements per dimension.
     pub ne: [i64; 4],
     /// Strides in bytes.
     pub nb: [usize; 4],
+    /// Bytes from the start of the source.
+    pub offset: usize,
 }
 
 impl Record {
@@ -72,6 +75,12 @@ impl Record {
             (sys::GGML_OP_MUL, &[a, b]) => c.mul(a, b)?,
             (sys::GGML_OP_DIV, &[a, b]) => c.div(a, b)?,
             (sys::GGML_OP_SQR, &[a]) => c.sqr(a)?,
+            (sys::GGML_OP_SQRT, &[a]) => c.sqrt(a)?,
+            (sys::GGML_OP_MEAN, &[a]) => c.mean(a)?,
+            (sys::GGML_OP_SUM_ROWS, &[a]) => c.sum_rows(a)?,
+            (sys::GGML_OP_CLAMP, &[a]) => c.clamp(a, float(params, 0), float(params, 1))?,
+            (sys::GGML_OP_REPEAT, &[a]) => c.repeat(a, shape()?.ne)?,
+            (sys::GGML_OP_CONCAT, &[a, b]) => c.concat(a, b, params[0] as usize)?,
             (sys::GGML_OP_SCALE, &[a]) => c.scale(a, float(params, 0), float(params, 1))?,
             (sys::GGML_OP_MUL_MAT, &[a, b]) => {
                 let a = self.row_packed(c, a)?;
@@ -88,14 +97,22 @@ impl Record {
                 c.rope(a, pos, Some(factors), params, false)?
             }
             (sys::GGML_OP_SOFT_MAX, &[a]) => {
-                c.soft_max(a, None, float(params, 0), float(params, 1))?
+                c.soft_max(a, None, None, float(params, 0), float(params, 1))?
             }
             (sys::GGML_OP_SOFT_MAX, &[a, mask]) => {
-                c.soft_max(a, Some(mask), float(params, 0), float(params, 1))?
+                c.soft_max(a, Some(mask), None, float(params, 0), float(params, 1))?
+            }
+            (sys::GGML_OP_SOFT_MAX, &[a, mask, sinks]) => {
+                let (scale, max_bias) = (float(params, 0), float(params, 1));
+                c.soft_max(a, Some(mask), Some(sinks), scale, max_bias)?
             }
             (sys::GGML_OP_GLU, &[a]) => c.glu(a, None, params[0] as u32, params[1] != 0)?,
             (sys::GGML_OP_GLU, &[a, b]) => c.glu(a, Some(b), params[0] as u32, false)?,
-            (sys::GGML_OP_UNARY, &[a]) => c.unary(a, params[0] as u32)?,
+            (sys::GGML_OP_UNARY, &[a]) => {
+                let out = c.unary(a, params[0] as u32)?;
+                c.set_op_params(out, params);
+                out
+            }
             (sys::GGML_OP_PERMUTE, &[a]) => {
                 c.permute(a, [params[0], params[1], params[2], params[3]])?
             }
@@ -107,11 +124,9 @@ impl Record {
             }
             (sys::GGML_OP_CONT, &[a]) => c.cont(a, shape()?.ne)?,
             (sys::GGML_OP_VIEW, &[a]) => {
-                // ggml stores a view's byte offset as one 64-bit parameter.
-                let offset = u64::from(params[0] as u32) | (u64::from(params[1] as u32) << 32);
                 let w = shape()?;
-                view = Some((offset as usize, w.nb));
-                c.view(a, w.ne, w.nb, offset as usize)?
+                view = Some((w.offset, w.nb));
+                c.view(a, w.ne, w.nb, w.offset)?
             }
             _ => {
                 return Err(GraphError::Op {
@@ -149,7 +164,7 @@ impl Record {
         }
         let wanted = Wanted {
             ne: c.ne(a),
-            nb: [0; 4],
+            ..Wanted::default()
         };
         self.emit(c, sys::GGML_OP_CONT, &[0; 16], &[a], Some(&wanted))
     }
@@ -177,7 +192,7 @@ impl Record {
         };
         let wanted = Wanted {
             ne: straight,
-            nb: [0; 4],
+            ..Wanted::default()
         };
         let x = self.emit(c, sys::GGML_OP_RESHAPE, &[0; 16], &[src], Some(&wanted))?;
         if !transposed {

@@ -73,6 +73,7 @@ impl Head {
                 params,
                 src,
                 nb,
+                offset,
             } = &e.step
             else {
                 if let Step::Leaf(Leaf::Weight(name)) = &e.step {
@@ -95,6 +96,7 @@ impl Head {
             let wanted = Wanted {
                 ne: e.ne.map(|n| n.at(r, r)),
                 nb: nb.map(|n| n.at(r, r) as usize),
+                offset: offset.at(r, r) as usize,
             };
             let out = record.emit(&mut c, *op, params, &src, Some(&wanted))?;
             product.get_or_insert(out);

@@ -2,12 +2,13 @@
 //! factors on its linear layers, and differentiated by a table of vector-Jacobian rules.
 //!
 //! [`trace`] records, [`template`] frees the recording of its batch size and KV cache,
-//! [`tape`] builds forward and backward for one batch shape, [`rules`] holds the
-//! derivative of every op, [`head`] turns hidden states into logits a few rows at a time.
+//! [`tape`] builds forward and backward for one batch shape, [`reverse`] goes back through it,
+//! [`rules`] holds the derivative of every op, [`head`] turns hidden states into logits a few rows at a time.
 
 pub mod batch;
-mod forward;
+pub mod forward;
 pub mod head;
+pub mod reverse;
 pub mod rules;
 pub mod tape;
 pub mod template;

@@ -2,13 +2,14 @@
 //! low-rank factors.
 
 use super::GraphError;
-use super::batch::Packed;
+use super::batch::{MaskKind, Packed};
 use super::forward::{Record, Wanted};
-use super::rules::{Weightless, has_rule, vjp};
+use super::reverse::gradients;
+use super::rules::Weightless;
 use super::template::{Leaf, Step, Template};
 use super::weights::{Transposed, Weights};
-use crate::ggml::{Buffer, Cpu, Ctx, Graph, Plan, Tensor, op_name, sys};
-use std::collections::{HashMap, HashSet};
+use crate::ggml::{Buffer, Cpu, Ctx, Graph, Plan, Tensor, sys};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// One low-rank term `scale·B(A·x)` on an adaptable weight.
@@ -228,13 +229,12 @@ pub struct Tape {
     forward: Graph,
     backward: Option<Graph>,
     plan: Plan,
-    tokens: Tensor,
+    tokens: Vec<Tensor>,
     positions: Option<Tensor>,
     out_ids: Option<Tensor>,
-    masks: Vec<(Tensor, bool)>,
+    masks: Vec<(Tensor, MaskKind)>,
     dropout: Vec<(usize, Tensor)>,
     dropping: bool,
-    window: Option<usize>,
     output: Tensor,
     seed: Option<Tensor>,
     grads: Vec<Tensor>,
@@ -288,7 +288,8 @@ impl Tape {
         let mut record = Record::default();
         let mut built: Vec<Option<Tensor>> = vec![None; template.entries.len()];
         let mut inputs = Vec::new();
-        let (mut tokens, mut positions, mut out_ids, mut masks) = (None, None, None, Vec::new());
+        let (mut tokens, mut positions, mut out_ids, mut masks) =
+            (Vec::new(), None, None, Vec::new());
         let mut constants = Vec::new();
         let mut dropout = Vec::new();
         let mut frozen = HashMap::new();
@@ -339,10 +340,14 @@ impl Tape {
                     let x = c.leaf(ty, ne, &e.name)?;
                     inputs.push(x);
                     match leaf {
-                        Leaf::Tokens => tokens = Some(x),
+                        Leaf::Tokens => tokens.push(x),
                         Leaf::Positions => positions = Some(x),
                         Leaf::OutIds => out_ids = Some(x),
-                        Leaf::Mask { window } => masks.push((x, *window)),
+                        Leaf::Mask { window, distance } => {
+                            let window = parts.window.filter(|_| *window);
+                            let distance = *distance;
+                            masks.push((x, MaskKind { window, distance }));
+                        }
                         Leaf::Constant(value) => constants.push((x, *value)),
                         Leaf::Weight(_) => unreachable!("matched above"),
                     }
@@ -380,11 +385,13 @@ impl Tape {
                     params,
                     src,
                     nb,
+                    offset,
                 } => {
                     let src: Vec<Tensor> = src.iter().map(|&s| source(s)).collect();
                     let wanted = Wanted {
                         ne,
                         nb: nb.map(|n| n.at(t, r) as usize),
+                        offset: offset.at(t, r) as usize,
                     };
                     let out = record.emit(&mut c, *op, params, &src, Some(&wanted));
                     let out = out.map_err(|err| name_op(err, parts, &e.name))?;
@@ -416,7 +423,7 @@ impl Tape {
                 cpu,
                 frozen,
             };
-            grads = backward(&mut c, &record, output, s, &params, &mut env)?;
+            grads = gradients(&mut c, &record, output, s, &params, &mut env)?;
             for &g in &grads {
                 c.set_output(g);
                 c.extend_graph(full, g);
@@ -429,6 +436,9 @@ impl Tape {
             let forward = c.graph_part(full, 0..n_forward)?;
             (forward, Some(c.graph_part(full, n_forward..n)?))
         };
+        if tokens.is_empty() {
+            return Err(GraphError::Untraceable("its graph reads no tokens".into()));
+        }
         cpu.place(&mut c, &inputs)?;
         for (x, value) in constants {
             let values = vec![value; c.n_elements(x)];
@@ -440,14 +450,12 @@ impl Tape {
             forward,
             backward,
             plan,
-            tokens: tokens
-                .ok_or_else(|| GraphError::Untraceable("its graph reads no tokens".into()))?,
+            tokens,
             positions,
             out_ids,
             masks,
             dropping: !dropout.is_empty(),
             dropout,
-            window: parts.window,
             output,
             seed,
             grads,
@@ -527,7 +535,9 @@ impl Tape {
         };
         check("tokens", self.shape.0, batch.n_tokens())?;
         check("rows", self.shape.1, batch.n_padded_rows())?;
-        self.ctx.write(self.tokens, &batch.tokens)?;
+        for &tokens in &self.tokens {
+            self.ctx.write(tokens, &batch.tokens)?;
+        }
         if let Some(p) = self.positions {
             let sections = self.ctx.n_elements(p) / batch.positions.len();
             // Multi-section rope: time, height and width agree for text, the fourth is 0.
@@ -538,9 +548,8 @@ impl Tape {
         if let Some(ids) = self.out_ids {
             self.ctx.write(ids, &batch.rows)?;
         }
-        for &(m, window) in &self.masks {
-            let mask = batch.mask(self.window.filter(|_| window));
-            self.ctx.write(m, &mask)?;
+        for &(m, kind) in &self.masks {
+            self.ctx.write(m, &batch.mask(kind))?;
         }
         cpu.compute(&self.ctx, self.forward)?;
         out.resize(self.ctx.n_elements(self.output), 0.0);
@@ -587,68 +596,4 @@ fn name_op(err: GraphError, parts: &Parts<'_>, node: &str) -> GraphError {
         },
         other => other,
     }
-}
-
-/// The first op of the template that has no gradient rule, if any.
-pub fn first_without_rule(template: &Template) -> Option<String> {
-    template
-        .ops()
-        .into_iter()
-        .find(|&op| !has_rule(op))
-        .map(op_name)
-}
-
-/// Reverse accumulation over the recorded nodes.
-fn backward(
-    c: &mut Ctx,
-    record: &Record,
-    output: Tensor,
-    seed: Tensor,
-    params: &[Tensor],
-    env: &mut Env<'_>,
-) -> Result<Vec<Tensor>, GraphError> {
-    let mut needs: HashSet<Tensor> = params.iter().copied().collect();
-    for node in &record.nodes {
-        if node.src.iter().any(|s| needs.contains(s)) {
-            needs.insert(node.out);
-        }
-    }
-    let mut grad: HashMap<Tensor, Tensor> = HashMap::from([(output, seed)]);
-    for node in record.nodes.iter().rev() {
-        let Some(g) = grad.get(&node.out).copied() else {
-            continue;
-        };
-        let need: Vec<bool> = node.src.iter().map(|s| needs.contains(s)).collect();
-        if !need.contains(&true) {
-            continue;
-        }
-        let moves = matches!(
-            node.op,
-            sys::GGML_OP_PERMUTE | sys::GGML_OP_TRANSPOSE | sys::GGML_OP_ADD
-        );
-        let g = if moves { g } else { c.packed(g)? };
-        let source_grads = vjp(c, node, g, &need, env)?;
-        for ((&s, new), &wanted) in node.src.iter().zip(source_grads).zip(&need) {
-            let (Some(new), true) = (new, wanted) else {
-                continue;
-            };
-            let total = match grad.get(&s) {
-                Some(&old) => {
-                    let (old, new) = (c.packed(old)?, c.packed(new)?);
-                    c.add(old, new)?
-                }
-                None => new,
-            };
-            grad.insert(s, total);
-        }
-    }
-    params
-        .iter()
-        .map(|p| match grad.get(p) {
-            Some(&g) => Ok(c.packed(g)?),
-            None => Err(GraphError::Untraceable(
-                "a trained tensor does not reach the output".into(),
-            )),
-        })
-        .collect()
 }

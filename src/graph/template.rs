@@ -5,6 +5,7 @@
 //! (T, R) without asking llama.cpp again.
 
 use super::GraphError;
+use super::forward::float;
 use crate::ggml::{Recorded, RecordedTensor, sys};
 use std::collections::HashMap;
 
@@ -36,10 +37,12 @@ pub enum Leaf {
     OutIds,
     /// An f32 input that holds one value throughout (embedding scales).
     Constant(f32),
-    /// Additive attention mask, f32 `[T, T]`; `window`: the sliding-window one.
+    /// Additive attention mask, f32 `[T, T]`.
     Mask {
         /// Limited to the model's sliding window.
         window: bool,
+        /// Minus the distance of the two tokens, for ALiBi, instead of 0.
+        distance: bool,
     },
 }
 
@@ -75,6 +78,8 @@ pub enum Step {
         src: Vec<usize>,
         /// Strides of a view.
         nb: [Affine; 4],
+        /// Bytes into its source at which a view starts.
+        offset: Affine,
     },
 }
 
@@ -134,6 +139,7 @@ struct Builder<'a> {
     is_weight: &'a dyn Fn(&str) -> bool,
     cache_writer: HashMap<usize, usize>,
     window_masks: Vec<usize>,
+    distance_masks: Vec<usize>,
     done: HashMap<usize, usize>,
     entries: Vec<Entry>,
     adaptable: Vec<Adaptable>,
@@ -176,18 +182,16 @@ impl Template {
             is_weight,
             cache_writer,
             window_masks: Vec::new(),
+            distance_masks: Vec::new(),
             done: HashMap::new(),
             entries: Vec::new(),
             adaptable: Vec::new(),
         };
-        builder.find_window_masks(n_ctx);
-        let output = a
-            .nodes
-            .iter()
-            .rev()
-            .copied()
-            .find(|&n| a.tensors[n].name == "result_output")
-            .ok_or_else(|| GraphError::Untraceable("it has no result_output".into()))?;
+        builder.find_masks(n_ctx);
+        // Some architectures do not name their logits, which are then the last node.
+        let named = |n: &&usize| a.tensors[**n].name == "result_output";
+        let output = a.nodes.iter().rev().find(named).or(a.nodes.last());
+        let output = *output.ok_or_else(|| GraphError::Untraceable("it has no nodes".into()))?;
         let last = builder.visit(output)?;
         let (entries, adaptable) = (builder.entries, builder.adaptable);
         let head = find_head(&entries, last)?;
@@ -207,18 +211,29 @@ impl Template {
         })
     }
 
-    /// The op numbers in use, each once, in order of first use.
-    pub fn ops(&self) -> Vec<u32> {
+    /// The ops in use, each once, in order of first use; with the kind of activation where an op
+    /// has several.
+    pub fn ops(&self) -> Vec<(u32, u32)> {
         let mut ops = Vec::new();
         for e in &self.entries {
-            if let Step::Op { op, .. } = e.step
-                && !ops.contains(&op)
-            {
-                ops.push(op);
+            let Step::Op { op, params, .. } = &e.step else {
+                continue;
+            };
+            let kind = match *op {
+                sys::GGML_OP_UNARY | sys::GGML_OP_GLU => params[0] as u32,
+                _ => 0,
+            };
+            if !ops.contains(&(*op, kind)) {
+                ops.push((*op, kind));
             }
         }
         ops
     }
+}
+
+/// ggml keeps a view's byte offset as one 64-bit parameter.
+fn view_offset(t: &RecordedTensor) -> i64 {
+    i64::from(t.op_params[0] as u32) | (i64::from(t.op_params[1]) << 32)
 }
 
 /// From the logits back through what follows the head's product (scale, softcap, bias).
@@ -281,8 +296,8 @@ impl Builder<'_> {
     }
 
     /// Masks share one name. The sliding-window one is read by the attention that reads a
-    /// cache shorter than the context.
-    fn find_window_masks(&mut self, n_ctx: i64) {
+    /// cache shorter than the context. A mask read with a slope per head holds distances.
+    fn find_masks(&mut self, n_ctx: i64) {
         let tensors = &self.rec.base.tensors;
         for (i, t) in tensors.iter().enumerate() {
             if t.op != sys::GGML_OP_SOFT_MAX {
@@ -291,6 +306,9 @@ impl Builder<'_> {
             let Some(mask) = t.src[1] else { continue };
             if self.reads_short_cache(i, n_ctx, 12) && !self.window_masks.contains(&mask) {
                 self.window_masks.push(mask);
+            }
+            if float(&t.op_params, 1) != 0.0 && !self.distance_masks.contains(&mask) {
+                self.distance_masks.push(mask);
             }
         }
     }
@@ -341,6 +359,10 @@ impl Builder<'_> {
             src.push(self.visit(*s)?);
         }
         let nb = self.nb(i)?;
+        let offset = match t.op {
+            sys::GGML_OP_VIEW => self.affine(view_offset, i)?,
+            _ => Affine::default(),
+        };
         self.push(
             i,
             Step::Op {
@@ -348,6 +370,7 @@ impl Builder<'_> {
                 params: t.op_params,
                 src,
                 nb,
+                offset,
             },
         )
     }
@@ -362,12 +385,33 @@ impl Builder<'_> {
             "out_ids" => Ok(Leaf::OutIds),
             "attn_inp_kq_mask" => Ok(Leaf::Mask {
                 window: self.window_masks.contains(&i),
+                distance: self.distance_masks.contains(&i),
             }),
+            _ if self.selects_embeddings(i, t) => Ok(Leaf::Tokens),
             other => t
                 .constant
                 .map(Leaf::Constant)
                 .ok_or_else(|| GraphError::Input(other.to_owned())),
         }
+    }
+
+    /// Whether nameless input `i` holds token ids once more: i32, one for each token, selecting
+    /// rows of a table of embeddings per layer.
+    fn selects_embeddings(&self, i: usize, t: &RecordedTensor) -> bool {
+        let is_input = t.flags & sys::GGML_TENSOR_FLAG_INPUT as i32 != 0;
+        let table = |r: &RecordedTensor| {
+            let from = r.src[0].map(|s| self.tensor(s).name.as_str());
+            r.op == sys::GGML_OP_GET_ROWS && from == Some("per_layer_token_embd.weight")
+        };
+        is_input
+            && t.ty == sys::GGML_TYPE_I32
+            && t.ne == [self.rec.t, 1, 1, 1]
+            && self
+                .rec
+                .base
+                .tensors
+                .iter()
+                .any(|r| r.src[1] == Some(i) && table(r))
     }
 
     /// A view of a cache tensor stands for what this batch wrote there.

@@ -2,30 +2,30 @@
 
 use super::{Grads, GraphError};
 use crate::ggml::{Ctx, Tensor, sys};
-use crate::graph::forward::Node;
+use crate::graph::forward::{Node, float};
 
 /// √(2/π) and the cubic coefficient of the tanh form of GELU (Hendrycks & Gimpel,
 /// arXiv 1606.08415), as ggml computes it.
 const GELU_SCALE: f32 = 0.797_884_6;
 const GELU_CUBIC: f32 = 0.044_715;
+/// GELU's logistic form x·σ(1.702·x), from the same paper.
+const GELU_QUICK: f32 = 1.702;
 
 /// Gates `act(a)·b`: `da = g·b·act'(a)`, `db = g·act(a)`; a fused gate is split in halves.
 pub fn vjp(c: &mut Ctx, node: &Node, grad: Tensor, need: &[bool]) -> Result<Grads, GraphError> {
     let grad = c.packed(grad)?;
     if node.op == sys::GGML_OP_UNARY {
-        let g = unary(c, node.params[0] as u32, node.src[0], node.out, grad)?;
+        let op = node.params[0] as u32;
+        let g = match op {
+            sys::GGML_UNARY_OP_XIELU => xielu(c, node, grad)?,
+            _ => unary(c, op, node.src[0], node.out, grad)?,
+        };
         return Ok(vec![Some(g)]);
     }
-    let gate = match node.params[0] as u32 {
-        sys::GGML_GLU_OP_SWIGLU => sys::GGML_UNARY_OP_SILU,
-        sys::GGML_GLU_OP_GEGLU => sys::GGML_UNARY_OP_GELU,
-        sys::GGML_GLU_OP_REGLU => sys::GGML_UNARY_OP_RELU,
-        other => {
-            return Err(GraphError::NoRule {
-                op: format!("GLU kind {other}"),
-            });
-        }
-    };
+    let kind = node.params[0] as u32;
+    let gate = gate(kind).ok_or_else(|| GraphError::NoRule {
+        op: format!("GLU kind {kind}"),
+    })?;
     if let [a, b] = node.src[..] {
         let ga = if need[0] {
             Some(gated(c, gate, a, b, grad)?)
@@ -41,6 +41,31 @@ pub fn vjp(c: &mut Ctx, node: &Node, grad: Tensor, need: &[bool]) -> Result<Grad
         return Ok(vec![ga, gb]);
     }
     Ok(vec![Some(fused(c, gate, node, grad)?)])
+}
+
+/// The activation of a gate that has a rule.
+pub fn gate(glu: u32) -> Option<u32> {
+    match glu {
+        sys::GGML_GLU_OP_SWIGLU => Some(sys::GGML_UNARY_OP_SILU),
+        sys::GGML_GLU_OP_GEGLU => Some(sys::GGML_UNARY_OP_GELU),
+        sys::GGML_GLU_OP_REGLU => Some(sys::GGML_UNARY_OP_RELU),
+        sys::GGML_GLU_OP_GEGLU_QUICK => Some(sys::GGML_UNARY_OP_GELU_QUICK),
+        _ => None,
+    }
+}
+
+/// Whether an activation has a rule.
+pub fn has_rule(unary: u32) -> bool {
+    matches!(
+        unary,
+        sys::GGML_UNARY_OP_SILU
+            | sys::GGML_UNARY_OP_TANH
+            | sys::GGML_UNARY_OP_RELU
+            | sys::GGML_UNARY_OP_SIGMOID
+            | sys::GGML_UNARY_OP_GELU
+            | sys::GGML_UNARY_OP_GELU_QUICK
+            | sys::GGML_UNARY_OP_XIELU
+    )
 }
 
 fn gated(c: &mut Ctx, gate: u32, a: Tensor, b: Tensor, grad: Tensor) -> Result<Tensor, GraphError> {
@@ -82,10 +107,18 @@ fn unary(c: &mut Ctx, op: u32, x: Tensor, y: Tensor, grad: Tensor) -> Result<Ten
             Ok(c.mul(grad, d)?)
         }
         sys::GGML_UNARY_OP_RELU => {
-            // relu(x)/x is the step function, but 0/0 at 0: compare through the sign of y.
-            let big = c.scale(y, f32::MAX, 0.0)?;
-            let step = c.unary(big, sys::GGML_UNARY_OP_TANH)?;
+            let step = c.unary(y, sys::GGML_UNARY_OP_STEP)?;
             Ok(c.mul(grad, step)?)
+        }
+        sys::GGML_UNARY_OP_SIGMOID => {
+            let y2 = c.sqr(y)?;
+            let d = c.sub(y, y2)?;
+            Ok(c.mul(grad, d)?)
+        }
+        sys::GGML_UNARY_OP_GELU_QUICK => {
+            // With u = kx: x·σ(u) = silu(u)/k, so its derivative is silu's at u.
+            let u = c.scale(x, GELU_QUICK, 0.0)?;
+            Ok(c.silu_back(grad, u)?)
         }
         sys::GGML_UNARY_OP_GELU => gelu(c, x, grad),
         other => Err(GraphError::NoRule {
@@ -108,5 +141,25 @@ fn gelu(c: &mut Ctx, x: Tensor, grad: Tensor) -> Result<Tensor, GraphError> {
     let bend = c.mul(bend, x)?;
     let level = c.scale(t, 0.5, 0.5)?;
     let d = c.add(bend, level)?;
+    Ok(c.mul(grad, d)?)
+}
+
+/// xIELU (Huang et al., arXiv 2411.13010) with its parameters as ggml stores them:
+/// `p·x² + βx` above 0, `n·(exp(min(x, ε)) − 1 − x) + βx` below, ε a small negative number. Hence
+/// `β − n + 2p·relu(x) + n·[x > 0] + n·exp(x)·[x < ε]`.
+fn xielu(c: &mut Ctx, node: &Node, grad: Tensor) -> Result<Tensor, GraphError> {
+    let [n, p, beta, eps] = [1, 2, 3, 4].map(|i| float(&node.params, i));
+    let x = node.src[0];
+    let up = c.unary(x, sys::GGML_UNARY_OP_RELU)?;
+    let step = c.unary(x, sys::GGML_UNARY_OP_STEP)?;
+    let down = c.sub(x, up)?;
+    let e = c.unary(down, sys::GGML_UNARY_OP_EXP)?;
+    let under = c.scale(x, -1.0, eps)?;
+    let under = c.unary(under, sys::GGML_UNARY_OP_STEP)?;
+    let e = c.mul(e, under)?;
+    let bend = c.add(e, step)?;
+    let bend = c.scale(bend, n, beta - n)?;
+    let rise = c.scale(up, 2.0 * p, 0.0)?;
+    let d = c.add(bend, rise)?;
     Ok(c.mul(grad, d)?)
 }

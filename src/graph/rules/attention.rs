@@ -4,7 +4,9 @@ use super::{Grads, GraphError};
 use crate::ggml::{Ctx, Tensor, sys};
 use crate::graph::forward::{Node, float};
 
-/// A rotation's transpose is the rotation back; softmax has ggml's own backward op.
+/// A rotation's transpose is the rotation back; softmax has ggml's own backward op. What is added
+/// to the scores (mask, ALiBi) and what takes a share of the sum without having an element (sinks)
+/// does not change `dx = s·y·(dy − Σ y·dy)`.
 pub fn vjp(c: &mut Ctx, node: &Node, grad: Tensor, need: &[bool]) -> Result<Grads, GraphError> {
     let mut grads = vec![None; need.len()];
     let grad = c.packed(grad)?;
@@ -13,14 +15,7 @@ pub fn vjp(c: &mut Ctx, node: &Node, grad: Tensor, need: &[bool]) -> Result<Grad
             let factors = node.src.get(2).copied();
             c.rope(grad, node.src[1], factors, &node.params, true)?
         }
-        _ => {
-            if float(&node.params, 1) != 0.0 {
-                return Err(GraphError::NoRule {
-                    op: "SOFT_MAX with ALiBi".into(),
-                });
-            }
-            c.soft_max_back(grad, node.out, float(&node.params, 0))?
-        }
+        _ => c.soft_max_back(grad, node.out, float(&node.params, 0))?,
     });
     Ok(grads)
 }

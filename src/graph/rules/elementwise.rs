@@ -1,4 +1,4 @@
-//! Sums, products and scalings, with broadcasting of the second source.
+//! Sums, products and scalings, with broadcasting of the second source; sums along rows.
 
 use super::{Grads, GraphError};
 use crate::ggml::{Ctx, Tensor, sys};
@@ -51,6 +51,27 @@ pub fn vjp(c: &mut Ctx, node: &Node, grad: Tensor, need: &[bool]) -> Result<Grad
         sys::GGML_OP_SCALE => {
             let g = c.packed(grad)?;
             ga = Some(c.scale(g, float(&node.params, 0), 0.0)?);
+        }
+        sys::GGML_OP_SQRT => {
+            let double = c.scale(node.out, 2.0, 0.0)?;
+            ga = Some(c.div(grad, double)?);
+        }
+        sys::GGML_OP_CLAMP => {
+            // Open ends: the derivative where a value is at the bound is taken as 0, as autograd
+            // frameworks' one-sided choices also are arbitrary there.
+            let above = c.scale(node.out, 1.0, -float(&node.params, 0))?;
+            let above = c.unary(above, sys::GGML_UNARY_OP_STEP)?;
+            let below = c.scale(node.out, -1.0, float(&node.params, 1))?;
+            let below = c.unary(below, sys::GGML_UNARY_OP_STEP)?;
+            let inside = c.mul(above, below)?;
+            ga = Some(c.mul(grad, inside)?);
+        }
+        sys::GGML_OP_SUM_ROWS => ga = Some(c.repeat(grad, c.ne(a))?),
+        sys::GGML_OP_MEAN => {
+            let ne = c.ne(a);
+            let g = c.packed(grad)?;
+            let g = c.scale(g, 1.0 / ne[0] as f32, 0.0)?;
+            ga = Some(c.repeat(g, ne)?);
         }
         _ => unreachable!("the table sends no other op here"),
     }

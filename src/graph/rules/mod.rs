@@ -46,12 +46,18 @@ pub fn vjp(
         | sys::GGML_OP_MUL
         | sys::GGML_OP_DIV
         | sys::GGML_OP_SQR
+        | sys::GGML_OP_SQRT
+        | sys::GGML_OP_CLAMP
+        | sys::GGML_OP_SUM_ROWS
+        | sys::GGML_OP_MEAN
         | sys::GGML_OP_SCALE => elementwise::vjp(c, node, grad, need),
         sys::GGML_OP_MUL_MAT | sys::GGML_OP_GET_ROWS => linear::vjp(c, node, grad, need, env),
         sys::GGML_OP_RMS_NORM | sys::GGML_OP_NORM => norm::vjp(c, node, grad),
         sys::GGML_OP_ROPE | sys::GGML_OP_SOFT_MAX => attention::vjp(c, node, grad, need),
         sys::GGML_OP_GLU | sys::GGML_OP_UNARY => activation::vjp(c, node, grad, need),
         sys::GGML_OP_CONT
+        | sys::GGML_OP_CONCAT
+        | sys::GGML_OP_REPEAT
         | sys::GGML_OP_RESHAPE
         | sys::GGML_OP_VIEW
         | sys::GGML_OP_PERMUTE
@@ -60,29 +66,36 @@ pub fn vjp(
     }
 }
 
-/// Whether [`vjp`] has a rule for an op; what it says of ops with several kinds (unary,
-/// gated) holds for the kinds that architectures of the README's table use.
-pub fn has_rule(op: u32) -> bool {
-    matches!(
-        op,
-        sys::GGML_OP_ADD
-            | sys::GGML_OP_SUB
-            | sys::GGML_OP_MUL
-            | sys::GGML_OP_DIV
-            | sys::GGML_OP_SQR
-            | sys::GGML_OP_SCALE
-            | sys::GGML_OP_MUL_MAT
-            | sys::GGML_OP_GET_ROWS
-            | sys::GGML_OP_RMS_NORM
-            | sys::GGML_OP_NORM
-            | sys::GGML_OP_ROPE
-            | sys::GGML_OP_SOFT_MAX
-            | sys::GGML_OP_GLU
-            | sys::GGML_OP_UNARY
-            | sys::GGML_OP_CONT
-            | sys::GGML_OP_RESHAPE
-            | sys::GGML_OP_VIEW
-            | sys::GGML_OP_PERMUTE
-            | sys::GGML_OP_TRANSPOSE
-    )
+/// Whether [`vjp`] has a rule for an op, or for this `kind` of an op with several activations.
+pub fn has_rule(op: u32, kind: u32) -> bool {
+    match op {
+        sys::GGML_OP_UNARY => activation::has_rule(kind),
+        sys::GGML_OP_GLU => activation::gate(kind).is_some(),
+        _ => matches!(
+            op,
+            sys::GGML_OP_ADD
+                | sys::GGML_OP_SUB
+                | sys::GGML_OP_MUL
+                | sys::GGML_OP_DIV
+                | sys::GGML_OP_SQR
+                | sys::GGML_OP_SQRT
+                | sys::GGML_OP_CLAMP
+                | sys::GGML_OP_SUM_ROWS
+                | sys::GGML_OP_MEAN
+                | sys::GGML_OP_SCALE
+                | sys::GGML_OP_MUL_MAT
+                | sys::GGML_OP_GET_ROWS
+                | sys::GGML_OP_RMS_NORM
+                | sys::GGML_OP_NORM
+                | sys::GGML_OP_ROPE
+                | sys::GGML_OP_SOFT_MAX
+                | sys::GGML_OP_CONT
+                | sys::GGML_OP_CONCAT
+                | sys::GGML_OP_REPEAT
+                | sys::GGML_OP_RESHAPE
+                | sys::GGML_OP_VIEW
+                | sys::GGML_OP_PERMUTE
+                | sys::GGML_OP_TRANSPOSE
+        ),
+    }
 }

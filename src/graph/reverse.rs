@@ -1,0 +1,78 @@
+//! Reverse accumulation: recorded forward nodes and the gradient of the last one in, gradients of
+//! the parameters out, as ggml nodes.
+
+use super::GraphError;
+use super::forward::Record;
+use super::rules::{Weightless, has_rule, vjp};
+use super::template::Template;
+use crate::ggml::{Ctx, Tensor, op_name, sys};
+use std::collections::{HashMap, HashSet};
+
+/// The first op of the template that has no gradient rule, if any.
+pub fn first_without_rule(template: &Template) -> Option<String> {
+    let mut ops = template.ops().into_iter();
+    let (op, kind) = ops.find(|&(op, kind)| !has_rule(op, kind))?;
+    Some(match op {
+        sys::GGML_OP_UNARY | sys::GGML_OP_GLU => format!("{} kind {kind}", op_name(op)),
+        _ => op_name(op),
+    })
+}
+
+/// Emit the gradients of `params` for `seed`, the gradient of `output`: every node that depends on
+/// one of them passes its own to its sources.
+///
+/// # Errors
+/// An op without a rule, or a parameter on which `output` does not depend.
+pub fn gradients(
+    c: &mut Ctx,
+    record: &Record,
+    output: Tensor,
+    seed: Tensor,
+    params: &[Tensor],
+    env: &mut dyn Weightless,
+) -> Result<Vec<Tensor>, GraphError> {
+    let mut needs: HashSet<Tensor> = params.iter().copied().collect();
+    for node in &record.nodes {
+        if node.src.iter().any(|s| needs.contains(s)) {
+            needs.insert(node.out);
+        }
+    }
+    let mut grad: HashMap<Tensor, Tensor> = HashMap::from([(output, seed)]);
+    for node in record.nodes.iter().rev() {
+        let Some(g) = grad.get(&node.out).copied() else {
+            continue;
+        };
+        let need: Vec<bool> = node.src.iter().map(|s| needs.contains(s)).collect();
+        if !need.contains(&true) {
+            continue;
+        }
+        let moves = matches!(
+            node.op,
+            sys::GGML_OP_PERMUTE | sys::GGML_OP_TRANSPOSE | sys::GGML_OP_ADD
+        );
+        let g = if moves { g } else { c.packed(g)? };
+        let source_grads = vjp(c, node, g, &need, env)?;
+        for ((&s, new), &wanted) in node.src.iter().zip(source_grads).zip(&need) {
+            let (Some(new), true) = (new, wanted) else {
+                continue;
+            };
+            let total = match grad.get(&s) {
+                Some(&old) => {
+                    let (old, new) = (c.packed(old)?, c.packed(new)?);
+                    c.add(old, new)?
+                }
+                None => new,
+            };
+            grad.insert(s, total);
+        }
+    }
+    params
+        .iter()
+        .map(|p| match grad.get(p) {
+            Some(&g) => Ok(c.packed(g)?),
+            None => Err(GraphError::Untraceable(
+                "a trained tensor does not reach the output".into(),
+            )),
+        })
+        .collect()
+}

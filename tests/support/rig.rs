@@ -1,0 +1,295 @@
+//! A model with random low-rank factors on all that takes them, and one batch of text: what the
+//! tests of logits, adapters and gradients have in common.
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use nepenthe::data::GENERAL_TEXT;
+use nepenthe::ggml::{Adapter, Batch, Context, ContextOptions, Cpu, sys};
+use nepenthe::gguf::{GgmlType, GgufWriter, Metadata};
+use nepenthe::graph::batch::{Packed, Sequence};
+use nepenthe::graph::tape::{End, Factor, Factors, Parts, Tape, Trained};
+use nepenthe::graph::template::Template;
+use nepenthe::graph::trace::trace;
+use nepenthe::graph::weights::Transposed;
+use nepenthe::model::OpenModel;
+use nepenthe::rng::SplitMix64;
+use nepenthe::train::loss::{RowObjective, Target, grade};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Tokens compared; a multiple of 8, or the attention sums of both sides differ in length.
+const N_TOKENS: usize = 64;
+const RANK: usize = 3;
+const SCALE: f32 = 0.7;
+
+/// A model, one batch, random factors on every adaptable tensor.
+pub struct Rig {
+    /// The model.
+    pub open: OpenModel,
+    /// Its graph.
+    pub template: Template,
+    cpu: Cpu,
+    factors: Factors,
+    values: Vec<(Vec<f32>, Vec<f32>)>,
+    batch: Packed,
+    targets: Vec<Target>,
+}
+
+impl Rig {
+    /// Two sequences, eight rows of each graded by `objective`.
+    pub fn new(path: &Path, objective: RowObjective) -> Self {
+        let open = OpenModel::open(path, 0).expect("a good model");
+        let template = trace(&open.model, &open.weights).expect("traceable");
+        let cpu = Cpu::new(1).expect("a CPU");
+        let tokens = open.model.tokenize(GENERAL_TEXT, true, false);
+        let (first, second) = (&tokens[..21], &tokens[40..57]);
+        let rows: Vec<usize> = (8..16).collect();
+        let batch = Packed::new(&[first, second].map(|tokens| Sequence {
+            tokens,
+            rows: &rows,
+        }));
+        let targets = [first, second]
+            .iter()
+            .flat_map(|t| rows.iter().map(|&r| t[r + 1]))
+            .map(|token| Target {
+                token,
+                objective,
+                weight: 1.0 / 16.0,
+            })
+            .collect();
+        let list: Vec<Factor> = (0..template.adaptable.len())
+            .map(|tensor| Factor {
+                tensor,
+                rank: RANK,
+                scale: SCALE,
+                trainable: true,
+            })
+            .collect();
+        let mut rng = SplitMix64(3);
+        let mut random =
+            |n: usize, by: f32| -> Vec<f32> { (0..n).map(|_| by * rng.normal()).collect() };
+        let values = template
+            .adaptable
+            .iter()
+            .map(|t| (random(RANK * t.n_in, 0.08), random(RANK * t.n_out, 0.08)))
+            .collect();
+        let factors = Factors::new(&cpu, &template, list).expect("room");
+        Self {
+            open,
+            template,
+            cpu,
+            factors,
+            values,
+            batch,
+            targets,
+        }
+    }
+
+    fn tape(&mut self) -> Tape {
+        let shape = (self.batch.n_tokens(), self.batch.n_padded_rows());
+        self.try_tape(true, shape, true).expect("differentiable")
+    }
+
+    /// Why the graph cannot be differentiated, if it cannot.
+    pub fn no_gradient(&mut self) -> Option<String> {
+        let shape = (self.batch.n_tokens(), self.batch.n_padded_rows());
+        let tape = self.try_tape(true, shape, true);
+        tape.err().map(|e| e.to_string())
+    }
+
+    fn try_tape(
+        &mut self,
+        adapted: bool,
+        shape: (usize, usize),
+        gradient: bool,
+    ) -> Result<Tape, nepenthe::graph::GraphError> {
+        let parts = Parts {
+            template: &self.template,
+            weights: &self.open.weights,
+            window: usize::try_from(self.open.model.n_swa())
+                .ok()
+                .filter(|&w| w > 0),
+        };
+        // Exact transposed weights: bf16 ones have an error of their own, 2.4e-3.
+        let mut transposed = Transposed::exact();
+        let trained = match adapted {
+            true => Trained::Factors(&self.factors),
+            false => Trained::Nothing,
+        };
+        let (cpu, end) = (&self.cpu, End::Logits);
+        Tape::new(&parts, trained, end, shape, gradient, cpu, &mut transposed)
+    }
+
+    /// Logits of the first [`N_TOKENS`] tokens of a text, by our graph and by llama_decode, both
+    /// without adapters or both with the same ones.
+    pub fn logits(&mut self, adapted: bool) -> (Vec<f32>, Vec<f32>) {
+        let mut tokens = self.open.model.tokenize(GENERAL_TEXT, true, false);
+        tokens.truncate(N_TOKENS);
+        let rows: Vec<usize> = (0..tokens.len()).collect();
+        let batch = Packed::new(&[Sequence {
+            tokens: &tokens,
+            rows: &rows,
+        }]);
+        let shape = (batch.n_tokens(), batch.n_padded_rows());
+        let mut tape = self.try_tape(adapted, shape, false).expect("rebuilt");
+        for (i, (a, b)) in self.values.iter().enumerate() {
+            self.factors.write(i, a, b).expect("their shapes");
+        }
+        let mut ours = Vec::new();
+        tape.forward(&mut self.cpu, &batch, &mut ours)
+            .expect("computable");
+        ours.truncate(tokens.len() * self.open.model.n_vocab());
+
+        let options = ContextOptions {
+            kv_f32: true,
+            ..ContextOptions::default()
+        };
+        let mut context = Context::new(&self.open.model, options).expect("a context");
+        if adapted {
+            let adapter = self.adapter();
+            context.set_adapters(&[(adapter, SCALE)]).expect("set");
+        }
+        let mut batch = Batch::default();
+        for (pos, &token) in tokens.iter().enumerate() {
+            batch.push(token, pos as i32, 0, true);
+        }
+        context.decode(&mut batch).expect("decodable");
+        let row = |i| context.logits(i).expect("asked for");
+        let theirs = (0..tokens.len()).flat_map(|i| row(i).to_vec()).collect();
+        (ours, theirs)
+    }
+
+    /// The factors as llama.cpp's adapter, in f32: it takes the user's scale alone.
+    fn adapter(&self) -> Arc<Adapter> {
+        let mut meta = Metadata::new();
+        meta.set("general.type", "adapter");
+        meta.set(
+            "general.architecture",
+            self.open.weights.arch().expect("given"),
+        );
+        meta.set("adapter.type", "lora");
+        meta.set("adapter.lora.alpha", 0f32);
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("adapter.gguf");
+        let mut file = GgufWriter::new(&path, meta);
+        for (t, (a, b)) in self.template.adaptable.iter().zip(&self.values) {
+            let (n_in, n_out, rank) = (t.n_in as u64, t.n_out as u64, RANK as u64);
+            let parts = [("lora_a", [n_in, rank], a), ("lora_b", [rank, n_out], b)];
+            for (part, ne, values) in parts {
+                let (name, bytes) = (format!("{}.{part}", t.name), bytemuck::cast_slice(values));
+                file.tensor_from_bytes(&name, &ne, GgmlType::F32, bytes)
+                    .expect("a good tensor");
+            }
+        }
+        file.save(true).expect("room on the disk");
+        Arc::new(Adapter::load(&self.open.model, &path).expect("an adapter"))
+    }
+
+    /// The loss, and the logits' gradients left in `logits`.
+    fn loss(
+        &mut self,
+        tape: &mut Tape,
+        values: &[(Vec<f32>, Vec<f32>)],
+        logits: &mut Vec<f32>,
+    ) -> f64 {
+        for (i, (a, b)) in values.iter().enumerate() {
+            self.factors.write(i, a, b).expect("their shapes");
+        }
+        tape.forward(&mut self.cpu, &self.batch, logits)
+            .expect("computable");
+        let n_vocab = self.open.model.n_vocab();
+        let mut total = 0.0;
+        for (row, target) in logits.chunks_exact_mut(n_vocab).zip(&self.targets) {
+            total += grade(row, *target, true).loss * f64::from(target.weight);
+        }
+        logits[self.targets.len() * n_vocab..].fill(0.0);
+        total
+    }
+}
+
+/// The derivative along a random direction of the factors of each tensor kind alone, so that an
+/// error in one rule cannot hide behind the others.
+pub fn gradients_match_finite_differences(rig: &mut Rig, tolerance: f64) {
+    let mut tape = rig.tape();
+    let mut logits = Vec::new();
+    let values = rig.values.clone();
+    rig.loss(&mut tape, &values, &mut logits);
+    tape.backward(&mut rig.cpu, &logits).expect("computable");
+    let mut grads = Vec::new();
+    for i in 0..tape.n_grads() {
+        let mut g = vec![0f32; tape.grad_len(i)];
+        tape.read_grad(i, &mut g).expect("its length");
+        grads.push(g);
+    }
+    let kind = |name: &str| name.split('.').nth(2).unwrap_or(name).to_owned();
+    let mut kinds: Vec<String> = rig
+        .template
+        .adaptable
+        .iter()
+        .map(|t| kind(&t.name))
+        .collect();
+    kinds.dedup();
+    kinds.sort();
+    kinds.dedup();
+    assert!(kinds.len() >= 3, "{kinds:?}");
+    // ggml looks GELU up in a table of f16: a staircase, which needs longer steps.
+    let looked_up = [
+        (sys::GGML_OP_UNARY, sys::GGML_UNARY_OP_GELU),
+        (sys::GGML_OP_UNARY, sys::GGML_UNARY_OP_GELU_QUICK),
+        (sys::GGML_OP_GLU, sys::GGML_GLU_OP_GEGLU),
+    ];
+    let ops = rig.template.ops();
+    let table = ops.iter().any(|op| looked_up.contains(op));
+    for wanted in kinds {
+        let mut rng = SplitMix64(17);
+        let direction: Vec<(Vec<f32>, Vec<f32>)> = values
+            .iter()
+            .zip(&rig.template.adaptable)
+            .map(|((a, b), t)| {
+                let on = if kind(&t.name) == wanted { 1.0 } else { 0.0 };
+                let mut random =
+                    |n: usize| -> Vec<f32> { (0..n).map(|_| on * rng.normal()).collect() };
+                (random(a.len()), random(b.len()))
+            })
+            .collect();
+        let products: Vec<f64> = direction
+            .iter()
+            .enumerate()
+            .flat_map(|(i, (a, b))| {
+                a.iter()
+                    .zip(&grads[2 * i])
+                    .chain(b.iter().zip(&grads[2 * i + 1]))
+            })
+            .map(|(d, g)| f64::from(*d) * f64::from(*g))
+            .collect();
+        let analytic: f64 = products.iter().sum();
+        // Products of random signs may cancel: the error is held against their root sum of
+        // squares if that is the larger.
+        let size = products.iter().map(|p| p * p).sum::<f64>().sqrt();
+        let mut at = |h: f32| {
+            let moved: Vec<_> = values
+                .iter()
+                .zip(&direction)
+                .map(|((a, b), (da, db))| {
+                    let add = |x: &[f32], d: &[f32]| {
+                        x.iter()
+                            .zip(d)
+                            .map(|(x, d)| x + h * d)
+                            .collect::<Vec<f32>>()
+                    };
+                    (add(a, da), add(b, db))
+                })
+                .collect();
+            rig.loss(&mut tape, &moved, &mut logits)
+        };
+        // Richardson: the error of the symmetric difference is of order h^2.
+        let slope =
+            |at: &mut dyn FnMut(f32) -> f64, h: f32| (at(h) - at(-h)) / (2.0 * f64::from(h));
+        let h = if table { 1.6e-2 } else { 2e-3 };
+        let numeric = (4.0 * slope(&mut at, h) - slope(&mut at, 2.0 * h)) / 3.0;
+        let relative = (analytic - numeric).abs() / analytic.abs().max(size).max(1e-2);
+        assert!(
+            relative < tolerance,
+            "{wanted}: {analytic} against {numeric} ({relative:.1e})"
+        );
+    }
+}
