@@ -56,7 +56,7 @@ fn gradients_of_the_embedded_model_match_finite_differences() {
     let path = dir.path().join("f32.gguf");
     support::decoded(&support::mini(), &path);
     for objective in [RowObjective::CrossEntropy, RowObjective::InvertedHinge] {
-        gradients_match_finite_differences(&mut Rig::new(&path, objective), 1e-2);
+        gradients_match_finite_differences(&mut Rig::new(&path, objective));
     }
 }
 
@@ -64,6 +64,6 @@ fn gradients_of_the_embedded_model_match_finite_differences() {
 fn gradients_of_stories_match_finite_differences() {
     if let Some(path) = support::stories() {
         let mut rig = Rig::new(&path, RowObjective::CrossEntropy);
-        gradients_match_finite_differences(&mut rig, 1e-2);
+        gradients_match_finite_differences(&mut rig);
     }
 }

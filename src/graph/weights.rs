@@ -2,7 +2,7 @@
 //! multiplies with.
 
 use super::GraphError;
-use crate::ggml::{Buffer, Cpu, Ctx, OpError, Tensor, dequantize, sys};
+use crate::ggml::{Buffer, Cpu, Ctx, Tensor, dequantize, sys};
 use crate::gguf::{GgmlType, Gguf, GgufSet, MappedGguf, TensorInfo};
 use half::bf16;
 use rayon::prelude::*;
@@ -184,7 +184,8 @@ impl Transposed {
         })
     }
 
-    /// A leaf `[n_out, n_in]` of `ctx` with the transposed weight.
+    /// A leaf `[n_out, n_in]` of `ctx` with the transposed weight, or with each matrix of a stack
+    /// transposed.
     ///
     /// # Errors
     /// A weight that cannot be decoded, or no memory.
@@ -197,26 +198,21 @@ impl Transposed {
     ) -> Result<Tensor, GraphError> {
         let info = weights.info(name)?;
         let (n_in, n_out) = (info.ne[0] as usize, info.ne[1] as usize);
-        if info.ne[2] * info.ne[3] != 1 {
-            return Err(GraphError::Ggml(OpError::Shape {
-                op: "transposed weight",
-                wanted: "a matrix",
-                found: format!("{:?}", info.ne),
-            }));
-        }
         let ty = if self.f32 {
             sys::GGML_TYPE_F32
         } else {
             sys::GGML_TYPE_BF16
         };
-        let t = ctx.leaf(ty, [n_out as i64, n_in as i64, 1, 1], "")?;
+        let [_, _, n2, n3] = info.ne.map(|n| n as i64);
+        let t = ctx.leaf(ty, [n_out as i64, n_in as i64, n2, n3], "")?;
         let exact = self.f32;
         keep(&mut self.buffers, ctx, t, cpu, name, |ctx| {
             let w = weights.decoded(name)?;
+            let shape = (n_in, n_out);
             let written = if exact {
-                ctx.write(t, &transpose(&w, n_in, |x| x))
+                ctx.write(t, &transpose(&w, shape, |x| x))
             } else {
-                ctx.write(t, &transpose(&w, n_in, bf16::from_f32))
+                ctx.write(t, &transpose(&w, shape, bf16::from_f32))
             };
             Ok(written?)
         })
@@ -243,24 +239,26 @@ fn keep(
     Ok(t)
 }
 
-/// Rows of `n_in` become columns; `f` converts each element.
+/// Rows of `n_in` become columns, in each matrix of a stack; `f` converts each element.
 fn transpose<T: Copy + Default + Send>(
-    w: &[f32],
-    n_in: usize,
+    stack: &[f32],
+    (n_in, n_out): (usize, usize),
     f: impl Fn(f32) -> T + Sync,
 ) -> Vec<T> {
-    let n_out = w.len() / n_in;
-    let mut out = vec![T::default(); w.len()];
-    // Eight output rows at a time: one cache line of every input row.
-    out.par_chunks_mut(8 * n_out)
-        .enumerate()
-        .for_each(|(block, rows)| {
-            let first = block * 8;
-            for o in 0..n_out {
-                for (i, row) in rows.chunks_mut(n_out).enumerate() {
-                    row[o] = f(w[o * n_in + first + i]);
+    let n = n_in * n_out;
+    let mut out = vec![T::default(); stack.len()];
+    for (w, out) in stack.chunks_exact(n).zip(out.chunks_exact_mut(n)) {
+        // Eight output rows at a time: one cache line of every input row.
+        out.par_chunks_mut(8 * n_out)
+            .enumerate()
+            .for_each(|(block, rows)| {
+                let first = block * 8;
+                for o in 0..n_out {
+                    for (i, row) in rows.chunks_mut(n_out).enumerate() {
+                        row[o] = f(w[o * n_in + first + i]);
+                    }
                 }
-            }
-        });
+            });
+    }
     out
 }

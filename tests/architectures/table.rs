@@ -30,8 +30,6 @@ pub struct Arch {
     pub fused: bool,
     /// With the `.scale` that 4-bit floating-point files have for each matrix.
     pub scales: bool,
-    /// Largest relative error of a gradient against finite differences.
-    pub tolerance: f64,
 }
 
 impl Arch {
@@ -41,14 +39,7 @@ impl Arch {
             keys: &[],
             fused: false,
             scales: false,
-            tolerance: 1e-2,
         }
-    }
-
-    /// For kinks, and for ggml's table of GELU in f16: a staircase under small steps.
-    const fn tolerance(mut self, tolerance: f64) -> Self {
-        self.tolerance = tolerance;
-        self
     }
 
     const fn keys(mut self, keys: &'static [(&'static str, Key)]) -> Self {
@@ -125,7 +116,7 @@ architectures! {
     minicpm = Arch::new("minicpm");
     minicpm3 = Arch::new("minicpm3").keys(&[("attention.q_lora_rank", U(32)), ("attention.head_count_kv", No), ("attention.kv_lora_rank", U(32)), ("attention.key_length", U(24)), ("attention.value_length", U(16)), ("rope.dimension_count", U(8))]);
     mistral3 = Arch::new("mistral3");
-    mpt = Arch::new("mpt").keys(&[("attention.head_count_kv", No), ("attention.clamp_kqv", F(1.5)), ("attention.max_alibi_bias", F(8.0))]);
+    mpt = Arch::new("mpt").keys(&[("attention.head_count_kv", No), ("attention.clamp_kqv", F(4.0)), ("attention.max_alibi_bias", F(8.0))]);
     muse_glimmer = Arch::new("muse-glimmer").keys(&[("logit_scale", F(0.5))]);
     nanbeige = Arch::new("nanbeige").keys(&[("num_loops", U(2))]);
     nemotron = Arch::new("nemotron");
