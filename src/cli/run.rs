@@ -108,15 +108,16 @@ impl Run {
         };
         let mut stdout = std::io::stdout().lock();
         let json = self.json;
-        let out = generate_streaming(
+        let (out, _) = generate_streaming(
             &mut context,
             &tokens,
+            0,
             self.n_predict,
             &sampling,
-            &mut |bytes| {
+            &mut |token, _| {
                 // A reader that went away ends the generation, not the program.
                 json || stdout
-                    .write_all(bytes)
+                    .write_all(&open.model.piece(token, false))
                     .and_then(|()| stdout.flush())
                     .is_ok()
             },
