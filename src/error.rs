@@ -16,10 +16,12 @@ use crate::merge::undo::UndoError;
 use crate::patch::PatchError;
 use crate::patch::peft::PeftError;
 use crate::project::ProjectError;
+use crate::proof::ProofError;
 use crate::report::ReportError;
 use crate::runtime::RuntimeError;
 use crate::score::PrivacyLogError;
 use crate::score::tofu::PartialError;
+use crate::store::StoreError;
 use crate::subspace::SubspaceError;
 use crate::subspace_file::SubspaceFileError;
 use crate::train::checkpoint::CheckpointError;
@@ -49,6 +51,12 @@ pub enum Error {
     /// A patch that was refused.
     #[error(transparent)]
     Patch(#[from] PatchError),
+    /// A patch store that was refused, or refuses.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A patch that does not act.
+    #[error(transparent)]
+    Proof(#[from] ProofError),
     /// A key or a signature that was refused.
     #[error(transparent)]
     Trust(#[from] TrustError),
@@ -234,6 +242,8 @@ impl Error {
             Self::Report(e) => e.exit_code(),
             Self::Runtime(e) => e.exit_code(),
             Self::Trust(e) => e.exit_code(),
+            Self::Store(e) => e.exit_code(),
+            Self::Proof(_) => 4,
             Self::Undo(UndoError::Io { .. }) => 6,
             Self::Undo(e) if e.is_mismatch() => 4,
             Self::Config { .. } => 2,

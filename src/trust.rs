@@ -4,7 +4,7 @@
 //! `minisign -V` verifies what [`sign`] writes, and [`PublicKey`] what `minisign -S` writes. The
 //! signature covers the whole file, and so what its metadata say of the effect before and after;
 //! its trusted comment may carry a sequence number, by which a store tells an old patch from a new
-//! one (a store of patches). Nothing here needs a network.
+//! one ([`crate::store`]). Nothing here needs a network.
 
 use crate::atomic::write_atomic;
 use crate::error::Error;

@@ -1,6 +1,6 @@
 //! `nepenthe run`.
 
-use super::common::{AdapterArgs, ModelArgs, TemplateArg};
+use super::common::{AdapterArgs, ModelArgs, TemplateArg, TrustArgs};
 use crate::data::{Message, Role, build_prompt};
 use crate::error::Error;
 use crate::ggml::{Context, ContextOptions};
@@ -16,6 +16,8 @@ pub struct Run {
     model: ModelArgs,
     #[command(flatten)]
     adapters: AdapterArgs,
+    #[command(flatten)]
+    trust: TrustArgs,
     /// What to say to the model
     #[arg(short, long, conflicts_with = "file")]
     prompt: Option<String>,
@@ -68,7 +70,7 @@ impl Run {
     pub(super) fn run(&self) -> Result<(), Error> {
         let text = self.text()?;
         let open = self.model.open()?;
-        let adapters = self.adapters.open(&open)?;
+        let adapters = self.adapters.open(&open, &self.trust)?;
         let tokens = if self.raw {
             open.model.tokenize(&text, true, true)
         } else {

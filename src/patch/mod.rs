@@ -5,15 +5,23 @@
 //! user's scale alone, whatever the ranks. The `nepenthe.*` keys say which file the patch fits
 //! ([`Base`]), how it was made and what it does ([`Info`]); never a word of what was forgotten.
 
+mod canary;
+mod combine;
 pub mod delta;
 mod error;
 mod info;
 mod intake;
+mod overlap;
 pub mod peft;
+mod truncate;
 
+pub use canary::Canary;
+pub use combine::{Combined, CombinedTensor, Weighting, combine};
 pub use error::PatchError;
 pub use info::{Base, FORMAT, Info, TensorInfo};
-pub use intake::Intake;
+pub use intake::{Intake, PatchId, check_scale};
+pub use overlap::{Angles, Overlap, overlaps};
+pub use truncate::truncate;
 
 use crate::digest::Digest;
 use crate::error::Error;

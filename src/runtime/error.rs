@@ -10,6 +10,8 @@ use thiserror::Error;
 pub enum RuntimeError {
     #[error("no patch {id} is active")]
     NotActive { id: PatchId },
+    #[error("patch {id} is the store's: change it there, with `nepenthe patch`")]
+    Stored { id: PatchId },
     #[error("wanted at most {wanted} active patches, found one more")]
     TooMany { wanted: usize },
 }
@@ -18,7 +20,7 @@ impl RuntimeError {
     /// The process's exit code.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::NotActive { .. } => 2,
+            Self::NotActive { .. } | Self::Stored { .. } => 2,
             Self::TooMany { .. } => 6,
         }
     }

@@ -29,6 +29,14 @@
 //! that the model's adapted tensors (or its whole file) have the digests the patch was made for.
 //! What is refused changes nothing.
 //!
+//! What has passed is tried: the patch's canaries are run with and without it, and a patch that
+//! does not act as it did when it was made does not become active ([`crate::proof`],
+//! [`Options::prove`]).
+//!
+//! With [`Options::store`] the active patches of a store ([`crate::store`]) apply from the start,
+//! beside those applied by calls, and its changes take effect at the next call of a session
+//! without a restart. A store that is broken, or was put back to an older set, makes sessions fail.
+//!
 //! # What it costs
 //!
 //! Beside llama.cpp's own memory for the model, each session's context and one adapter, a patch
@@ -40,18 +48,20 @@ mod error;
 mod session;
 mod set;
 
+pub use crate::patch::PatchId;
 pub use crate::score::{Finish, Sampling};
 pub use error::RuntimeError;
 pub use session::{Generate, Generation, Piece, Prompt, Score, Session};
-pub use set::{ActivePatch, ActiveSet, PatchId};
+pub use set::{ActivePatch, ActiveSet};
 
 use crate::data::Template;
 use crate::error::Error;
 use crate::ggml::Model;
 use crate::model::OpenModel;
-use crate::patch::{Intake, PatchError};
+use crate::patch::{Intake, PatchError, check_scale};
+use crate::store::{Stamp, Store, StoreError};
 use crate::trust::PublicKey;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use tempfile::TempDir;
 
@@ -75,6 +85,10 @@ pub struct Options {
     pub max_patch_bytes: u64,
     /// Take only patches that this key signed.
     pub require_signature: Option<PublicKey>,
+    /// A store whose active patches apply from the start, and whose changes are followed.
+    pub store: Option<PathBuf>,
+    /// Run a patch's canaries before it takes effect ([`crate::proof`]). Patches without any pass.
+    pub prove: bool,
 }
 
 impl Default for Options {
@@ -88,6 +102,8 @@ impl Default for Options {
             max_patches: 64,
             max_patch_bytes: 4 << 30,
             require_signature: None,
+            store: None,
+            prove: true,
         }
     }
 }
@@ -105,13 +121,21 @@ struct Inner {
     /// Held while a change is made.
     changing: Mutex<()>,
     set: RwLock<Arc<ActiveSet>>,
+    followed: Option<Followed>,
+}
+
+/// A store, and what of it is in the active set.
+struct Followed {
+    store: Store,
+    seen: Mutex<(Option<Stamp>, u64)>,
 }
 
 impl Runtime {
-    /// Open the model at `path` (any part of a split one). No patch is active.
+    /// Open the model at `path` (any part of a split one). The patches of the store are active,
+    /// if there is one, and no others.
     ///
     /// # Errors
-    /// As [`OpenModel::open`], or no directory for temporary files.
+    /// As [`OpenModel::open`] and [`follow`](Self::follow), or no directory for temporary files.
     pub fn open(path: impl AsRef<Path>, options: Options) -> Result<Self, Error> {
         let open = OpenModel::open(path.as_ref(), options.n_gpu_layers)?;
         let template = match &options.template {
@@ -119,10 +143,15 @@ impl Runtime {
             None => open.template()?,
         };
         let copies = tempfile::Builder::new().prefix("nepenthe-").tempdir();
-        Ok(Self(Arc::new(Inner {
+        let followed = options.store.as_deref().map(Store::open).transpose()?;
+        let runtime = Self(Arc::new(Inner {
             open,
             template,
             options,
+            followed: followed.map(|store| Followed {
+                store,
+                seen: Mutex::default(),
+            }),
             copies: copies.map_err(|source| Error::Io {
                 path: std::env::temp_dir(),
                 doing: "making a temporary directory",
@@ -130,7 +159,9 @@ impl Runtime {
             })?,
             changing: Mutex::new(()),
             set: RwLock::new(Arc::new(ActiveSet::none())),
-        })))
+        }));
+        runtime.follow()?;
+        Ok(runtime)
     }
 
     /// llama.cpp's model, for tokens and their texts.
@@ -169,25 +200,16 @@ impl Runtime {
     /// not signed by the key that is required, or for another model; a patch too many; llama.cpp's refusal. The active set is then what it
     /// was.
     pub fn apply(&self, path: impl AsRef<Path>, scale: f32) -> Result<PatchId, Error> {
-        if !scale.is_finite() || scale == 0.0 {
-            return Err(Error::Setting {
-                setting: "scale",
-                wanted: "a finite number other than 0".into(),
-                found: scale.to_string(),
-            });
-        }
+        check_scale(scale)?;
         let _alone = self.0.changing.lock();
         let patch = self.take_in(path.as_ref(), scale)?;
         let id = patch.id;
         let mut patches = self.active().patches().to_vec();
         match patches.iter().position(|p| p.id == id) {
+            Some(at) if patches[at].stored => return Err(RuntimeError::Stored { id }.into()),
             Some(at) if patches[at].scale == scale => return Ok(id),
             Some(at) => patches[at] = patch,
             None => patches.push(patch),
-        }
-        let wanted = self.0.options.max_patches;
-        if patches.len() > wanted {
-            return Err(RuntimeError::TooMany { wanted }.into());
         }
         self.put(patches)?;
         Ok(id)
@@ -200,12 +222,80 @@ impl Runtime {
     pub fn revoke(&self, id: PatchId) -> Result<(), Error> {
         let _alone = self.0.changing.lock();
         let mut patches = self.active().patches().to_vec();
-        let before = patches.len();
-        patches.retain(|p| p.id != id);
-        if patches.len() == before {
-            return Err(RuntimeError::NotActive { id }.into());
+        match patches.iter().position(|p| p.id == id) {
+            None => return Err(RuntimeError::NotActive { id }.into()),
+            Some(at) if patches[at].stored => return Err(RuntimeError::Stored { id }.into()),
+            Some(at) => drop(patches.remove(at)),
         }
         self.put(patches)
+    }
+
+    /// Bring the active set in line with the store, if there is one and it has changed. Every call
+    /// of a session does this when it begins.
+    ///
+    /// # Errors
+    /// A store that cannot be read or was put back to an older set, a patch of it that is refused.
+    /// The active set is then what it was; sessions fail, rather than answer without a patch that
+    /// the store says is active, until the store is put right.
+    pub fn follow(&self) -> Result<(), Error> {
+        let Some(Followed { store, seen }) = &self.0.followed else {
+            return Ok(());
+        };
+        let is_new = |stamp: Option<Stamp>| {
+            let seen = *seen.lock().unwrap_or_else(PoisonError::into_inner);
+            stamp.is_none() || stamp != seen.0
+        };
+        if !is_new(store.stamp()) {
+            return Ok(());
+        }
+        let _alone = self.0.changing.lock();
+        let stamp = store.stamp();
+        if !is_new(stamp) {
+            return Ok(());
+        }
+        let index = store.index()?;
+        let before = seen.lock().unwrap_or_else(PoisonError::into_inner).1;
+        if index.sequence < before {
+            return Err(StoreError::OlderStore {
+                path: store.dir().to_owned(),
+                seen: before,
+                found: index.sequence,
+            }
+            .into());
+        }
+        let active = self.active();
+        let mut patches: Vec<ActivePatch> = active.patches().to_vec();
+        patches.retain(|p| !p.stored && index.patches.iter().all(|e| e.id != p.id));
+        for entry in &index.patches {
+            let known = active.patches().iter().find(|p| p.id == entry.id);
+            let patch = match known {
+                Some(patch) => patch.clone(),
+                None => {
+                    let path = store.path_of(entry.id);
+                    let patch = self.take_in(&path, entry.scale)?;
+                    if patch.id != entry.id {
+                        return Err(StoreError::Changed {
+                            path,
+                            wanted: entry.id,
+                            found: patch.id,
+                        }
+                        .into());
+                    }
+                    patch
+                }
+            };
+            patches.push(ActivePatch {
+                name: entry.name.clone(),
+                scale: entry.scale,
+                stored: true,
+                ..patch
+            });
+        }
+        if index.sequence > before || !patches.is_empty() {
+            self.put(patches)?;
+        }
+        *seen.lock().unwrap_or_else(PoisonError::into_inner) = (stamp, index.sequence);
+        Ok(())
     }
 
     /// Read a patch and check all of it.
@@ -228,9 +318,10 @@ impl Runtime {
         };
         let name = path.file_name().unwrap_or_default();
         Ok(ActivePatch {
-            id: PatchId(intake.digest()),
+            id: intake.id(),
             name: name.to_string_lossy().into_owned(),
             scale,
+            stored: false,
             info: Arc::new(info),
             intake: Arc::new(intake),
         })
@@ -238,8 +329,17 @@ impl Runtime {
 
     /// Make `patches` the active set. The caller holds the lock on changes.
     fn put(&self, patches: Vec<ActivePatch>) -> Result<(), Error> {
-        let generation = self.active().generation() + 1;
+        let wanted = self.0.options.max_patches;
+        if patches.len() > wanted {
+            return Err(RuntimeError::TooMany { wanted }.into());
+        }
+        let before = self.active();
+        let generation = before.generation() + 1;
         let set = Arc::new(ActiveSet::build(generation, patches, &self.0.open)?);
+        if self.0.options.prove {
+            let n_threads = self.0.options.n_threads;
+            set.prove(&before, &self.0.open.model, n_threads)?;
+        }
         *self.0.set.write().unwrap_or_else(PoisonError::into_inner) = set;
         Ok(())
     }

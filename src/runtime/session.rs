@@ -120,6 +120,7 @@ impl Session {
                 ..ContextOptions::default()
             },
         )?;
+        runtime.follow()?;
         let set = runtime.active();
         context.set_adapters(set.adapters())?;
         Ok(Self {
@@ -144,8 +145,9 @@ impl Session {
     /// forgotten. Returns the set.
     ///
     /// # Errors
-    /// llama.cpp's refusal.
+    /// As [`Runtime::follow`], llama.cpp's refusal.
     pub fn refresh(&mut self) -> Result<Arc<ActiveSet>, Error> {
+        self.runtime.follow()?;
         let now = self.runtime.active();
         if now.generation() != self.set.generation() {
             self.cached.clear();

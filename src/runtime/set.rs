@@ -7,33 +7,14 @@
 //! set, not on when they came. A single patch is loaded as it stands.
 
 use crate::adapter::{Loaded, load_patch};
-use crate::digest::Digest;
 use crate::error::Error;
+use crate::ggml::Model;
 use crate::model::OpenModel;
 use crate::patch::delta::{Delta, deltas};
-use crate::patch::{Info, Intake, Patch, Update};
+use crate::patch::{Canary, Info, Intake, Patch, PatchId, Update};
+use crate::proof::{measure, same_effect};
 use std::fmt;
-use std::str::FromStr;
 use std::sync::Arc;
-
-/// A patch's name wherever it lies: the SHA-256 of its file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(transparent)]
-pub struct PatchId(pub Digest);
-
-impl fmt::Display for PatchId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-impl FromStr for PatchId {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        Digest::try_from(text.to_owned()).map(Self)
-    }
-}
 
 /// A patch that applies.
 #[derive(Debug, Clone)]
@@ -46,6 +27,8 @@ pub struct ActivePatch {
     pub scale: f32,
     /// Where it comes from and what it does.
     pub info: Arc<Info>,
+    /// Whether the store brought it; it goes when the store says so.
+    pub stored: bool,
     pub(super) intake: Arc<Intake>,
 }
 
@@ -100,6 +83,41 @@ impl ActiveSet {
             patches,
             adapters,
         })
+    }
+
+    /// Try what is new in it: every patch that `before` did not hold, alone, and several as one
+    /// adapter against the same side by side.
+    pub(super) fn prove(
+        &self,
+        before: &Self,
+        model: &Model,
+        n_threads: usize,
+    ) -> Result<(), Error> {
+        for p in self.patches.iter().filter(|p| !before.contains(p.id)) {
+            if p.info.canaries.is_empty() {
+                continue;
+            }
+            let adapter = match self.adapters.as_slice() {
+                [(adapter, _)] if self.patches.len() == 1 => adapter.clone(),
+                _ => p.intake.adapter(model)?,
+            };
+            let alone = vec![(adapter, 1.0)];
+            if let Some(effect) = measure(model, &alone, &p.info.canaries, n_threads)? {
+                effect.believe(&p.name)?;
+            }
+        }
+        let canaries = self.patches.iter().flat_map(|p| &p.info.canaries);
+        let canaries: Vec<Canary> = canaries.cloned().collect();
+        if self.patches.len() > 1 && !canaries.is_empty() {
+            let load = |p: &ActivePatch| Ok((p.intake.adapter(model)?, p.scale));
+            let apart = self
+                .patches
+                .iter()
+                .map(load)
+                .collect::<Result<_, Error>>()?;
+            same_effect(model, (&self.adapters, &apart), &canaries, n_threads)?;
+        }
+        Ok(())
     }
 
     /// How many sets the runtime had before this one.

@@ -134,7 +134,7 @@ pub fn small_patch(model: &Path, dir: &Path, name: &str, seed: u64) -> PathBuf {
     for tensor in ["blk.0.ffn_down.weight", "blk.1.attn_output.weight"] {
         let ne = weights.info(tensor).expect("a llama").ne;
         let (n_in, n_out, rank) = (ne[0] as usize, ne[1] as usize, 2);
-        let mut values = |n: usize| (0..n).map(|_| 0.08 * random()).collect::<Vec<f32>>();
+        let mut values = |n: usize| (0..n).map(|_| 0.15 * random()).collect::<Vec<f32>>();
         info.tensors.push(TensorInfo {
             name: tensor.to_owned(),
             digest: digest_of(&weights, tensor).expect("there"),
