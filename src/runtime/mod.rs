@@ -56,7 +56,7 @@ pub use set::{ActivePatch, ActiveSet};
 
 use crate::data::Template;
 use crate::error::Error;
-use crate::ggml::Model;
+use crate::ggml::{Model, return_free_memory};
 use crate::model::OpenModel;
 use crate::patch::{Intake, PatchError, check_scale};
 use crate::store::{Stamp, Store, StoreError};
@@ -341,6 +341,8 @@ impl Runtime {
             set.prove(&before, &self.0.open.model, n_threads)?;
         }
         *self.0.set.write().unwrap_or_else(PoisonError::into_inner) = set;
+        drop(before);
+        return_free_memory();
         Ok(())
     }
 }
