@@ -18,7 +18,6 @@ use nepenthe::ggml::{
 };
 use nepenthe::gguf::GgmlType;
 use nepenthe::merge::decide::larger;
-use nepenthe::merge::delta::Delta;
 use nepenthe::merge::factor::Factor;
 use nepenthe::merge::feedback::{Search, round_rows};
 use nepenthe::merge::grid::Grid;
@@ -26,6 +25,7 @@ use nepenthe::merge::measure::{Measured, Merged, Moments, measure};
 use nepenthe::merge::promote::promote_rows;
 use nepenthe::model::OpenModel;
 use nepenthe::patch::Patch;
+use nepenthe::patch::delta::Delta;
 use nepenthe::rng::SplitMix64;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

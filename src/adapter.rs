@@ -3,10 +3,12 @@
 use crate::error::Error;
 use crate::ggml::{Adapter, Model};
 use crate::model::OpenModel;
-use crate::patch::Patch;
 use crate::patch::peft::is_peft;
+use crate::patch::{Intake, Patch};
+use crate::trust::PublicKey;
 use std::path::Path;
 use std::sync::Arc;
+use tempfile::TempDir;
 
 /// Loaded adapters with their scales.
 pub type Loaded = Vec<(Arc<Adapter>, f32)>;
@@ -35,17 +37,44 @@ pub fn open_adapters<'a>(
         .collect()
 }
 
+/// [`open_adapters`] of files that `key` signed: each is read once, and verified before a byte of
+/// it is parsed.
+///
+/// # Errors
+/// As there, and the signature's refusal.
+pub fn open_signed<'a>(
+    open: &OpenModel,
+    specs: impl IntoIterator<Item = (&'a Path, f32)>,
+    key: &PublicKey,
+) -> Result<Loaded, Error> {
+    let scratch = scratch()?;
+    specs
+        .into_iter()
+        .map(|(path, scale)| {
+            let intake = Intake::read(path, scratch.path(), u64::MAX, Some(key))?;
+            let patch = intake.patch()?;
+            patch.check_shapes(&open.weights)?;
+            patch.check_base(&open.weights)?;
+            Ok((intake.adapter(&open.model)?, scale))
+        })
+        .collect()
+}
+
+fn scratch() -> Result<TempDir, Error> {
+    tempfile::tempdir().map_err(|source| Error::Io {
+        path: std::env::temp_dir(),
+        doing: "making a temporary directory",
+        source,
+    })
+}
+
 /// Load a patch that is in memory, with its factors as they would be stored: llama.cpp reads
 /// files alone, so it goes through a temporary one.
 ///
 /// # Errors
 /// A full disk, factors outside f16, llama.cpp's refusal.
 pub fn load_patch(model: &Model, patch: &Patch) -> Result<Arc<Adapter>, Error> {
-    let dir = tempfile::tempdir().map_err(|source| Error::Io {
-        path: std::env::temp_dir(),
-        doing: "making a temporary directory",
-        source,
-    })?;
+    let dir = scratch()?;
     let path = dir.path().join("patch.gguf");
     patch.save(&path, false)?;
     Ok(Arc::new(Adapter::load(model, &path)?))

@@ -3,6 +3,7 @@
 //! Order: temporary file in the target's directory, write, fsync, verify, rename, fsync of the
 //! directory. The target is never modified in place, since another process may have it mapped.
 
+use crate::fault::point;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -79,6 +80,7 @@ pub fn write_atomic_verified<T, E: From<AtomicError>>(
         Some(old) => old.permissions().mode() & 0o777,
         None => 0o666,
     };
+    point();
     let temp = tempfile::Builder::new()
         .prefix(&prefix)
         .suffix(".tmp")
@@ -101,10 +103,12 @@ pub fn write_atomic_verified<T, E: From<AtomicError>>(
     }
     drop(out);
     let value = written?;
+    point();
     temp.as_file()
         .sync_all()
         .map_err(failed("syncing to disk"))?;
     verify(temp.path(), &value)?;
+    point();
 
     if force {
         temp.persist(path)
@@ -117,6 +121,7 @@ pub fn write_atomic_verified<T, E: From<AtomicError>>(
                 _ => failed("renaming into place")(e.error),
             })?;
     }
+    point();
     File::open(dir)
         .and_then(|dir| dir.sync_all())
         .map_err(failed("syncing the directory"))?;

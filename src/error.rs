@@ -16,12 +16,16 @@ use crate::merge::undo::UndoError;
 use crate::patch::PatchError;
 use crate::patch::peft::PeftError;
 use crate::project::ProjectError;
+use crate::proof::ProofError;
 use crate::report::ReportError;
+use crate::runtime::RuntimeError;
 use crate::score::PrivacyLogError;
 use crate::score::tofu::PartialError;
+use crate::store::StoreError;
 use crate::subspace::SubspaceError;
 use crate::subspace_file::SubspaceFileError;
 use crate::train::checkpoint::CheckpointError;
+use crate::trust::TrustError;
 use std::path::PathBuf;
 use thiserror::Error;
 
@@ -47,6 +51,18 @@ pub enum Error {
     /// A patch that was refused.
     #[error(transparent)]
     Patch(#[from] PatchError),
+    /// A patch store that was refused, or refuses.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A patch that does not act.
+    #[error(transparent)]
+    Proof(#[from] ProofError),
+    /// A key or a signature that was refused.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
+    /// What a runtime refuses.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
     /// A PEFT adapter that was refused.
     #[error(transparent)]
     Peft(#[from] PeftError),
@@ -213,6 +229,7 @@ impl Error {
                 AtomicError::Io { doing, .. } if *doing == "syncing the directory" => 7,
                 AtomicError::Io { .. } => 6,
             },
+            Self::Patch(PatchError::TooLarge { .. }) => 6,
             Self::Patch(e) => {
                 if e.is_mismatch() {
                     4
@@ -223,6 +240,10 @@ impl Error {
             Self::Checkpoint(CheckpointError::Other { .. }) => 4,
             Self::Replace(e) => e.exit_code(),
             Self::Report(e) => e.exit_code(),
+            Self::Runtime(e) => e.exit_code(),
+            Self::Trust(e) => e.exit_code(),
+            Self::Store(e) => e.exit_code(),
+            Self::Proof(_) => 4,
             Self::Undo(UndoError::Io { .. }) => 6,
             Self::Undo(e) if e.is_mismatch() => 4,
             Self::Config { .. } => 2,

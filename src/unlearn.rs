@@ -13,6 +13,7 @@ use crate::merge::sketch::companion;
 use crate::model::OpenModel;
 use crate::patch::{Info, Patch, base_of};
 use crate::progress;
+use crate::proof::choose;
 use crate::score::evaluate;
 use crate::sets::{Sets, general_samples};
 use crate::start::{lowered, start, subspace_config, subspaces};
@@ -179,9 +180,17 @@ pub fn unlearn(mut job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
         "general_retain": sets.general,
     });
     let mut patch = patch_of(job.open, info, &nets)?;
-    let after = measure_patch(&job, &sets, &patch, ui)?;
+    let adapters = vec![(load_patch(&job.open.model, &patch)?, 1.0)];
+    let after = measure_both(&job, &sets, &adapters, "after", ui)?;
+    let canaries = choose(&job.open.model, &adapters, job.n_threads)?;
+    if canaries.is_empty() {
+        ui.notice(
+            "the patch changes neutral text too little for canaries to show that it is active",
+        );
+    }
     if let Some(info) = &mut patch.info {
         info.metrics = serde_json::json!({ "before": before, "after": after });
+        info.canaries = canaries;
     }
     let patch_bytes = patch.save(&job.out, job.force)?;
     let sketch = job
@@ -335,17 +344,7 @@ fn patch_of(open: &OpenModel, mut info: Info, nets: &[NetReport]) -> Result<Patc
     Ok(Patch::new(open.weights.arch()?, info, updates))
 }
 
-/// Both sets through llama.cpp, with the factors as they are stored.
-fn measure_patch(
-    job: &Job<'_>,
-    sets: &Sets,
-    patch: &Patch,
-    ui: &mut dyn Ui,
-) -> Result<Both, Error> {
-    let adapters = vec![(load_patch(&job.open.model, patch)?, 1.0)];
-    measure_both(job, sets, &adapters, "after", ui)
-}
-
+/// Both sets through llama.cpp.
 fn measure_both(
     job: &Job<'_>,
     sets: &Sets,

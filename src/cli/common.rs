@@ -1,9 +1,10 @@
 //! Flags that several subcommands share.
 
-use crate::adapter::{Loaded, open_adapters};
+use crate::adapter::{Loaded, open_adapters, open_signed};
 use crate::data::Template;
 use crate::error::Error;
 use crate::model::OpenModel;
+use crate::trust::PublicKey;
 use clap::Args;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -142,9 +143,31 @@ impl AdapterArgs {
     /// Check and load them on `open`.
     ///
     /// # Errors
-    /// As [`open_adapters`].
-    pub fn open(&self, open: &OpenModel) -> Result<Loaded, Error> {
-        open_adapters(open, self.specs()?)
+    /// As [`open_adapters`] or [`open_signed`].
+    pub fn open(&self, open: &OpenModel, trust: &TrustArgs) -> Result<Loaded, Error> {
+        match trust.key()? {
+            Some(key) => open_signed(open, self.specs()?, &key),
+            None => open_adapters(open, self.specs()?),
+        }
+    }
+}
+
+/// Whose patches are believed.
+#[derive(Debug, Clone, Args)]
+pub struct TrustArgs {
+    /// Take only patches that this minisign public key (its text or file) signed, in FILE.minisig
+    #[arg(long, value_name = "KEY")]
+    pub require_signature: Option<String>,
+}
+
+impl TrustArgs {
+    /// The key, if there is one.
+    ///
+    /// # Errors
+    /// Neither a key nor a file with one.
+    pub fn key(&self) -> Result<Option<PublicKey>, Error> {
+        let key = self.require_signature.as_deref();
+        key.map(PublicKey::parse).transpose()
     }
 }
 

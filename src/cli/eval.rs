@@ -1,6 +1,6 @@
 //! `nepenthe eval`.
 
-use super::common::{AdapterArgs, ModelArgs, Output, TemplateArg};
+use super::common::{AdapterArgs, ModelArgs, Output, TemplateArg, TrustArgs};
 use super::eval_choice::ChoiceArgs;
 use super::eval_privacy::PrivacyArgs;
 use super::eval_tofu::{Shared, TofuArgs};
@@ -20,6 +20,8 @@ pub struct Eval {
     model: ModelArgs,
     #[command(flatten)]
     adapters: AdapterArgs,
+    #[command(flatten)]
+    trust: TrustArgs,
     #[command(flatten)]
     template: TemplateArg,
     /// Questions with answers (JSON Lines)
@@ -62,6 +64,7 @@ impl Eval {
             let shared = Shared {
                 model: &self.model,
                 adapters: &self.adapters,
+                trust: &self.trust,
                 template: &self.template,
                 limit: self.limit,
                 max_tokens: self.max_tokens,
@@ -77,7 +80,7 @@ impl Eval {
             return self.run_privacy();
         }
         let open = self.model.open()?;
-        let adapters = self.adapters.open(&open)?;
+        let adapters = self.adapters.open(&open, &self.trust)?;
         let mut progress = Progress::new("scoring", self.output.quiet || self.output.json);
         if let Some(path) = &self.text {
             return self.perplexity(&open, &adapters, path, &mut progress);
@@ -114,7 +117,7 @@ impl Eval {
     fn run_choice(&self) -> Result<(), Error> {
         let subjects = self.choice.load(self.limit)?;
         let open = self.model.open()?;
-        let adapters = self.adapters.open(&open)?;
+        let adapters = self.adapters.open(&open, &self.trust)?;
         let report = (self.details.as_deref(), self.output);
         self.choice
             .run(&subjects, (&open, &adapters), &self.model, report)
@@ -123,7 +126,7 @@ impl Eval {
     fn run_privacy(&self) -> Result<(), Error> {
         let sets = self.privacy.load(self.limit)?;
         let open = self.model.open()?;
-        let adapters = self.adapters.open(&open)?;
+        let adapters = self.adapters.open(&open, &self.trust)?;
         let template = self.template.of(&open)?;
         let report = (self.details.as_deref(), self.output);
         let limits = (&self.model, self.max_tokens);

@@ -1,6 +1,6 @@
 //! `nepenthe eval --tofu`.
 
-use super::common::{AdapterArgs, ModelArgs, Output, TemplateArg};
+use super::common::{AdapterArgs, ModelArgs, Output, TemplateArg, TrustArgs};
 use super::interrupt;
 use super::score::print_scores;
 use crate::error::Error;
@@ -83,6 +83,8 @@ impl OnlySet {
 pub(super) struct Shared<'a> {
     pub(super) model: &'a ModelArgs,
     pub(super) adapters: &'a AdapterArgs,
+    /// Whose patches are believed.
+    pub(super) trust: &'a TrustArgs,
     pub(super) template: &'a TemplateArg,
     pub(super) limit: Option<usize>,
     pub(super) max_tokens: usize,
@@ -123,7 +125,7 @@ impl TofuArgs {
         let partial_path = partial_path.transpose()?;
 
         let open = shared.model.open()?;
-        let adapters = shared.adapters.open(&open)?;
+        let adapters = shared.adapters.open(&open, shared.trust)?;
         let template = shared.template.of(&open)?;
         let options = TofuOptions {
             max_tokens: shared.max_tokens,

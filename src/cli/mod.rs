@@ -10,10 +10,13 @@ mod eval_privacy;
 mod eval_tofu;
 mod inspect;
 mod interrupt;
+mod keys;
 mod learn;
 mod merge;
 mod merge_args;
 mod merge_report;
+mod patch;
+mod patch_several;
 mod report;
 mod revert;
 mod robustness;
@@ -52,6 +55,9 @@ enum Command {
     Revert(revert::Revert),
     Diff(diff::DiffArgs),
     Inspect(inspect::Inspect),
+    Patch(patch::PatchArgs),
+    Keygen(keys::Keygen),
+    Sign(keys::Sign),
     Check(check::Check),
     Demo(demo::Demo),
 }
@@ -75,6 +81,9 @@ impl Cli {
             Command::Revert(c) => c.run(),
             Command::Diff(c) => c.run(),
             Command::Inspect(c) => c.run(),
+            Command::Patch(c) => c.run(),
+            Command::Keygen(c) => c.run(),
+            Command::Sign(c) => c.run(),
             Command::Check(c) => c.run(),
             Command::Demo(c) => c.run(),
         }

@@ -1,6 +1,6 @@
 //! `nepenthe run`.
 
-use super::common::{AdapterArgs, ModelArgs, TemplateArg};
+use super::common::{AdapterArgs, ModelArgs, TemplateArg, TrustArgs};
 use crate::data::{Message, Role, build_prompt};
 use crate::error::Error;
 use crate::ggml::{Context, ContextOptions};
@@ -16,6 +16,8 @@ pub struct Run {
     model: ModelArgs,
     #[command(flatten)]
     adapters: AdapterArgs,
+    #[command(flatten)]
+    trust: TrustArgs,
     /// What to say to the model
     #[arg(short, long, conflicts_with = "file")]
     prompt: Option<String>,
@@ -68,7 +70,7 @@ impl Run {
     pub(super) fn run(&self) -> Result<(), Error> {
         let text = self.text()?;
         let open = self.model.open()?;
-        let adapters = self.adapters.open(&open)?;
+        let adapters = self.adapters.open(&open, &self.trust)?;
         let tokens = if self.raw {
             open.model.tokenize(&text, true, true)
         } else {
@@ -108,15 +110,16 @@ impl Run {
         };
         let mut stdout = std::io::stdout().lock();
         let json = self.json;
-        let out = generate_streaming(
+        let (out, _) = generate_streaming(
             &mut context,
             &tokens,
+            0,
             self.n_predict,
             &sampling,
-            &mut |bytes| {
+            &mut |token, _| {
                 // A reader that went away ends the generation, not the program.
                 json || stdout
-                    .write_all(bytes)
+                    .write_all(&open.model.piece(token, false))
                     .and_then(|()| stdout.flush())
                     .is_ok()
             },

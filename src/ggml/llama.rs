@@ -13,7 +13,7 @@ use llama_cpp_2::token::LlamaToken;
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use thiserror::Error;
 
 /// A token id.
@@ -100,6 +100,9 @@ impl Default for ModelOptions {
 struct ModelInner {
     model: LlamaModel,
     path: PathBuf,
+    /// llama.cpp lists a model's adapters in a set without a lock: loading and freeing one write
+    /// it, making a context and decoding read it. Contexts of one model may live on many threads.
+    adapters: RwLock<()>,
 }
 
 /// A loaded model; clones share it.
@@ -160,7 +163,20 @@ impl Model {
         Ok(Self(Arc::new(ModelInner {
             model,
             path: path.into(),
+            adapters: RwLock::new(()),
         })))
+    }
+
+    /// While held, no adapter of this model is loaded or freed.
+    fn adapters_stay(&self) -> RwLockReadGuard<'_, ()> {
+        let lock = self.0.adapters.read();
+        lock.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// While held, nothing reads the list of this model's adapters.
+    fn adapters_change(&self) -> RwLockWriteGuard<'_, ()> {
+        let lock = self.0.adapters.write();
+        lock.unwrap_or_else(PoisonError::into_inner)
     }
 
     fn raw(&self) -> *mut c::llama_model {
@@ -273,8 +289,10 @@ impl Adapter {
     pub fn load(model: &Model, path: &Path) -> Result<Self, LlamaError> {
         let c_str = c_path(path)?;
         log::last_messages();
-        // SAFETY: live model; the path outlives the call.
+        let alone = model.adapters_change();
+        // SAFETY: live model; the path outlives the call; the lock is held.
         let raw = unsafe { c::llama_adapter_lora_init(model.raw(), c_str.as_ptr()) };
+        drop(alone);
         Ok(Self {
             raw: NonNull::new(raw).ok_or_else(|| LlamaError::Adapter {
                 path: path.into(),
@@ -287,7 +305,8 @@ impl Adapter {
 
 impl Drop for Adapter {
     fn drop(&mut self) {
-        // SAFETY: owned; contexts that use it hold an Arc of it.
+        let _alone = self.model.adapters_change();
+        // SAFETY: owned; contexts that use it hold an Arc of it; the lock is held.
         unsafe { c::llama_adapter_lora_free(self.raw.as_ptr()) };
     }
 }
@@ -399,6 +418,7 @@ impl Context {
             .hook
             .map(|hook| Box::new(HookCell { hook, panic: None }));
         let threads = i32::try_from(options.n_threads.clamp(1, 512)).expect("clamped");
+        let _list = model.adapters_stay();
         // SAFETY: default parameters with plain fields changed; the hook cell is boxed, so
         // its address holds as long as this struct, which outlives the C context.
         let raw = unsafe {
@@ -557,9 +577,11 @@ impl Context {
             seq_id: seq_ptrs.as_mut_ptr(),
             logits: batch.want.as_mut_ptr(),
         };
+        let list = self.model.adapters_stay();
         // SAFETY: every array has `n` entries, each pointer of `seq_ptrs` as many as `n_seq` says,
-        // and all outlive the call; values are in range.
+        // and all outlive the call; values are in range; no adapter comes or goes meanwhile.
         let code = unsafe { c::llama_decode(self.raw.as_ptr(), raw) };
+        drop(list);
         if let Some(payload) = self.hook.as_mut().and_then(|h| h.panic.take()) {
             std::panic::resume_unwind(payload);
         }

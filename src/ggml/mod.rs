@@ -49,6 +49,17 @@ pub fn return_large_blocks() {
     }
 }
 
+/// Give free memory between used blocks back to the system. Adapters and the graphs that decode
+/// with them come and go in blocks of many sizes, and what lies between them otherwise stays
+/// resident: 15 KB a round of applying and revoking two small patches.
+pub(crate) fn return_free_memory() {
+    // SAFETY: looks at free blocks alone.
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// The name of a ggml op number, as ggml spells it.
 pub fn op_name(op: u32) -> String {
     if op >= ggml_sys::llama::GGML_OP_COUNT {

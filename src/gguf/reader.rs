@@ -50,7 +50,21 @@ impl Gguf {
                 path: path.to_owned(),
             });
         }
-        let file = File::open(path).map_err(failed("opening"))?;
+        Self::from_file(File::open(path).map_err(failed("opening"))?, path)
+    }
+
+    /// Reads the header of an open file; `path` is what errors name.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_file(file: File, path: &Path) -> Result<Self, GgufError> {
+        let failed = |doing| {
+            move |source| GgufError::Io {
+                path: path.to_owned(),
+                doing,
+                source,
+            }
+        };
         let file_len = file
             .metadata()
             .map_err(failed("asking for its size"))?

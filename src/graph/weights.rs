@@ -2,13 +2,15 @@
 //! multiplies with.
 
 use super::GraphError;
+use crate::digest::{Digest, of_model, of_tensor};
+use crate::error::Error;
 use crate::ggml::{Buffer, Cpu, Ctx, Tensor, dequantize, sys};
 use crate::gguf::{GgmlType, Gguf, GgufSet, MappedGguf, TensorInfo};
 use half::bf16;
 use rayon::prelude::*;
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 struct Part {
     map: Arc<MappedGguf>,
@@ -20,6 +22,14 @@ pub struct Weights {
     parts: Vec<Part>,
     index: HashMap<String, usize>,
     set: GgufSet,
+    digests: Mutex<Digests>,
+}
+
+/// Digests computed so far: a model is opened once and patches come and go.
+#[derive(Default)]
+struct Digests {
+    file: Option<Digest>,
+    tensors: HashMap<String, Digest>,
 }
 
 impl Weights {
@@ -39,12 +49,47 @@ impl Weights {
             let buffer = Buffer::over(map.clone(), MappedGguf::bytes)?;
             parts.push(Part { map, buffer });
         }
-        Ok(Self { parts, index, set })
+        Ok(Self {
+            parts,
+            index,
+            set,
+            digests: Mutex::default(),
+        })
     }
 
     /// The checked headers.
     pub fn set(&self) -> &GgufSet {
         &self.set
+    }
+
+    /// Of the file, or of all parts of a split one in order.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn digest(&self) -> Result<Digest, Error> {
+        let mut known = self.digests.lock().unwrap_or_else(PoisonError::into_inner);
+        let digest = match known.file {
+            Some(digest) => digest,
+            None => of_model(&self.set)?,
+        };
+        known.file = Some(digest);
+        Ok(digest)
+    }
+
+    /// Of one tensor; `None` when the model has none of that name.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn tensor_digest(&self, name: &str) -> Result<Option<Digest>, Error> {
+        let mut known = self.digests.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(digest) = known.tensors.get(name) {
+            return Ok(Some(*digest));
+        }
+        let digest = of_tensor(&self.set, name)?;
+        if let Some(digest) = digest {
+            known.tensors.insert(name.to_owned(), digest);
+        }
+        Ok(digest)
     }
 
     /// `general.architecture`.

@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::gguf::GgmlType;
-use crate::merge::delta::Delta;
 use crate::merge::grid::tests::{CODED, random_blocks};
+use crate::patch::delta::Delta;
 use crate::rng::SplitMix64;
 
 const N: usize = 512;

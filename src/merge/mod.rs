@@ -4,7 +4,6 @@ pub mod calibration;
 pub mod compare;
 pub mod decide;
 pub mod deliver;
-pub mod delta;
 mod descent;
 pub mod diff;
 pub mod error;

@@ -9,7 +9,6 @@
 
 use super::calibration::{Calibration, Judged};
 use super::decide::{Action, Candidate, Choice, Decision, Limits, Policy, Reason, decide, larger};
-use super::delta::{Delta, deltas};
 use super::error::RoundError;
 use super::factor::Factor;
 use super::feedback::{Rounded, Search, round_rows};
@@ -21,6 +20,7 @@ use super::scratch::Scratch;
 use crate::error::Error;
 use crate::gguf::{GgmlType, GgufWriter, TensorInfo};
 use crate::graph::weights::Weights;
+use crate::patch::delta::{Delta, deltas};
 use crate::patch::{Patch, Update};
 use crate::project::NetUpdate;
 use serde::Serialize;

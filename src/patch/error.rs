@@ -72,6 +72,17 @@ pub enum PatchError {
     Merged { path: PathBuf, model: PathBuf },
     #[error("{}: adapts {tensor}, which the model does not have", path.display())]
     NoSuchTensor { path: PathBuf, tensor: String },
+    #[error("{}: wanted a patch of at most {wanted} bytes, found {found}", path.display())]
+    TooLarge {
+        path: PathBuf,
+        wanted: u64,
+        found: u64,
+    },
+    #[error(
+        "{}: wanted a patch that says which model it was made for, found an adapter without provenance",
+        path.display()
+    )]
+    NoProvenance { path: PathBuf },
     #[error(
         "{}: made for {base} (sha256 {wanted}...), the model has sha256 {found}... and differs in {tensor}",
         path.display()
@@ -95,6 +106,7 @@ impl PatchError {
                 | Self::Arch { .. }
                 | Self::NoSuchTensor { .. }
                 | Self::Misfit { .. }
+                | Self::NoProvenance { .. }
                 | Self::Base { .. }
         )
     }

@@ -1,5 +1,6 @@
 //! A patch's provenance, as `nepenthe.*` keys.
 
+use super::canary::{self, Canary};
 use super::error::PatchError;
 use crate::digest::Digest;
 use crate::error::Error;
@@ -71,6 +72,8 @@ pub struct Info {
     pub engine: String,
     /// Per adapted tensor.
     pub tensors: Vec<TensorInfo>,
+    /// By which its effect is seen.
+    pub canaries: Vec<Canary>,
 }
 
 impl Info {
@@ -95,6 +98,7 @@ impl Info {
                 crate::ggml::version()
             ),
             tensors: Vec::new(),
+            canaries: Vec::new(),
         }
     }
 
@@ -115,6 +119,7 @@ impl Info {
         meta.set("nepenthe.metrics", self.metrics.to_string());
         meta.set("nepenthe.program", self.program.as_str());
         meta.set("nepenthe.engine", self.engine.as_str());
+        canary::write(&self.canaries, meta);
         let t = &self.tensors;
         meta.set(
             "nepenthe.tensor.name",
@@ -198,6 +203,7 @@ impl Info {
             program: text("nepenthe.program")?,
             engine: text("nepenthe.engine")?,
             tensors: read_tensors(path, meta, &digest)?,
+            canaries: canary::read(path, meta)?,
         }))
     }
 }

@@ -5,17 +5,28 @@
 //! user's scale alone, whatever the ranks. The `nepenthe.*` keys say which file the patch fits
 //! ([`Base`]), how it was made and what it does ([`Info`]); never a word of what was forgotten.
 
+mod canary;
+mod combine;
+pub mod delta;
 mod error;
 mod info;
+mod intake;
+mod overlap;
 pub mod peft;
+mod truncate;
 
+pub use canary::Canary;
+pub use combine::{Combined, CombinedTensor, Weighting, combine};
 pub use error::PatchError;
 pub use info::{Base, FORMAT, Info, TensorInfo};
+pub use intake::{Intake, PatchId, check_scale};
+pub use overlap::{Angles, Overlap, overlaps};
+pub use truncate::truncate;
 
-use crate::digest::{Digest, of_model, of_tensor};
+use crate::digest::Digest;
 use crate::error::Error;
 use crate::ggml::dequantize;
-use crate::gguf::{GgmlType, Gguf, GgufWriter, Metadata};
+use crate::gguf::{GgmlType, Gguf, GgufWriter, Metadata, Value};
 use crate::graph::weights::Weights;
 use half::f16;
 use std::path::{Path, PathBuf};
@@ -127,8 +138,15 @@ impl Patch {
     /// # Errors
     /// A file that is no LoRA adapter, of a newer format, or with bad tensors.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let gguf = Gguf::open(path)?;
-        let meta = gguf.metadata();
+        Self::from_gguf(&Gguf::open(path)?)
+    }
+
+    /// [`open`](Self::open) of a file whose header is read.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self, Error> {
+        let (path, meta) = (gguf.path(), gguf.metadata());
         let wrong = |key: &'static str, wanted: &'static str, found: &str| PatchError::Kind {
             path: path.to_owned(),
             key,
@@ -143,7 +161,14 @@ impl Patch {
         if adapter != "lora" {
             return Err(wrong("adapter.type", "lora", adapter).into());
         }
-        let alpha: f32 = meta.get_opt("adapter.lora.alpha")?.unwrap_or(0.0);
+        // llama.cpp ends the process on an alpha of any other type, be it f64.
+        let alpha = match meta.value("adapter.lora.alpha") {
+            None => 0.0,
+            Some(Value::F32(alpha)) => *alpha,
+            Some(other) => {
+                return Err(wrong("adapter.lora.alpha", "an f32", &other.describe()).into());
+            }
+        };
         if !alpha.is_finite() {
             return Err(wrong("adapter.lora.alpha", "a finite number", &alpha.to_string()).into());
         }
@@ -174,7 +199,7 @@ impl Patch {
                     }
                 }
             };
-            updates.push(read_update(&gguf, base, alpha)?);
+            updates.push(read_update(gguf, base, alpha)?);
         }
         if updates.is_empty() {
             return Err(PatchError::NoTensors {
@@ -247,12 +272,11 @@ impl Patch {
         let Some(info) = &self.info else {
             return Ok(());
         };
-        let set = model.set();
         // The tensors alone first: cheaper than the file, and enough. What a merge left out fits
         // its merged file alone and names no tensors.
         let mut differ = info.tensors.is_empty().then(|| "the file".to_owned());
         for t in &info.tensors {
-            if of_tensor(set, &t.name)? != Some(t.digest) {
+            if model.tensor_digest(&t.name)? != Some(t.digest) {
                 differ = Some(t.name.clone());
                 break;
             }
@@ -260,7 +284,7 @@ impl Patch {
         let Some(tensor) = differ else {
             return Ok(());
         };
-        let found = of_model(set)?;
+        let found = model.digest()?;
         if found == info.base.digest {
             return Ok(());
         }
@@ -334,7 +358,7 @@ pub fn base_of(model: &Weights) -> Result<Base, Error> {
     let set = model.set();
     let name = set.parts()[0].path().file_name();
     Ok(Base {
-        digest: of_model(set)?,
+        digest: model.digest()?,
         name: name.map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
     })
 }
@@ -345,5 +369,5 @@ pub fn base_of(model: &Weights) -> Result<Base, Error> {
 /// When the file cannot be read.
 pub fn digest_of(model: &Weights, tensor: &str) -> Result<Digest, Error> {
     model.info(tensor)?;
-    Ok(of_tensor(model.set(), tensor)?.expect("looked up above"))
+    Ok(model.tensor_digest(tensor)?.expect("looked up above"))
 }

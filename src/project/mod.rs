@@ -187,12 +187,37 @@ impl NetUpdate {
                 found: 0,
             });
         }
+        self.refactor_by(|_| rank)
+    }
+
+    /// The update of the least rank (at least 1) that is within `error`·‖ΔW‖ of this one.
+    ///
+    /// # Errors
+    /// When the decomposition does not converge.
+    pub fn truncate(&self, error: f64) -> Result<Refactored, ProjectError> {
+        self.refactor_by(|sigma| {
+            let energy: f64 = sigma.iter().map(|s| s * s).sum();
+            // From the small end, so that what is discarded is not lost in what is kept.
+            let mut lost = 0.0;
+            let small = sigma.iter().rev().take_while(|s| {
+                lost += **s * **s;
+                lost <= error * error * energy
+            });
+            (sigma.len() - small.count()).max(1)
+        })
+    }
+
+    /// [`refactor`](Self::refactor) to the rank that `choose` finds in the singular values.
+    fn refactor_by(
+        &self,
+        choose: impl FnOnce(&[f64]) -> usize,
+    ) -> Result<Refactored, ProjectError> {
         let (b, a) = self.factors();
         let (qr_b, qr_a) = (ThinQr::new(b), ThinQr::new(a));
         let core =
             product(qr_b.r().as_ref(), qr_a.r().transpose()) * faer::Scale(f64::from(self.scale));
         let (sigma, u) = left_svd(core.as_ref())?;
-        let rank = rank.min(sigma.len());
+        let rank = choose(&sigma).min(sigma.len());
         // core = U·S·Vᵀ, hence V·√S = coreᵀ·U/√S; a zero σ has no direction.
         let root: Vec<f64> = sigma.iter().map(|s| s.sqrt()).collect();
         let floor = root[0] * f64::EPSILON.sqrt();

@@ -235,21 +235,37 @@ fn argmax(row: &[f32]) -> Token {
     best as Token
 }
 
-/// Generate after `prompt`, showing each token's bytes to `write` as they come; `write` returns
-/// false to stop. Returns the tokens.
+/// Why a generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Finish {
+    /// The model ended its answer.
+    End,
+    /// As many tokens as were asked for.
+    Length,
+    /// The context is full.
+    Room,
+    /// Whoever reads it had enough.
+    Stopped,
+}
+
+/// Generate after `prompt`, of which sequence 0 holds the first `kept` tokens (below all of them)
+/// and nothing else. `each` gets every token with the logits `[n_vocab]` it was chosen from, and
+/// returns false to stop. Returns the tokens; the context then holds the prompt and all of them
+/// but the last.
 ///
 /// # Errors
 /// llama.cpp's failures.
 pub fn generate_streaming(
     context: &mut Context,
     prompt: &[Token],
+    kept: usize,
     max_tokens: usize,
     sampling: &Sampling,
-    write: &mut dyn FnMut(&[u8]) -> bool,
-) -> Result<Vec<Token>, Error> {
-    context.clear();
+    each: &mut dyn FnMut(Token, &[f32]) -> bool,
+) -> Result<(Vec<Token>, Finish), Error> {
     let mut sampler = sampler(sampling, context.model().n_vocab());
-    let mut row = prefill(context, prompt, 0, 0)?;
+    let mut row = prefill(context, prompt, kept, 0)?;
     let mut out = Vec::new();
     for pos in prompt.len().. {
         let logits = context
@@ -259,19 +275,25 @@ pub fn generate_streaming(
             Some(sampler) => choose(sampler, logits),
             None => argmax(logits),
         };
-        if context.model().is_end(next) || out.len() >= max_tokens {
-            break;
+        if context.model().is_end(next) {
+            return Ok((out, Finish::End));
+        }
+        if out.len() >= max_tokens {
+            return Ok((out, Finish::Length));
         }
         out.push(next);
-        if !write(&context.model().piece(next, false)) || pos + 1 >= context.n_ctx() {
-            break;
+        if !each(next, logits) {
+            return Ok((out, Finish::Stopped));
+        }
+        if pos + 1 >= context.n_ctx() {
+            return Ok((out, Finish::Room));
         }
         let mut batch = Batch::default();
         batch.push(next, pos as i32, 0, true);
         context.decode(&mut batch)?;
         row = 0;
     }
-    Ok(out)
+    unreachable!("positions have no end")
 }
 
 #[cfg(test)]

@@ -147,38 +147,58 @@ pub fn perplexity(
 ) -> Result<(f64, usize), Error> {
     let n_windows = tokens.len() / n_ctx;
     let (mut sum, mut n) = (0.0, 0);
+    let first = n_ctx / 2;
     for (w, window) in tokens.chunks_exact(n_ctx).enumerate() {
         let mut window = window.to_vec();
         if let Some(bos) = bos {
             window[0] = bos;
         }
-        let first = n_ctx / 2;
-        let max_rows = (LOGIT_BYTES / (4 * context.model().n_vocab())).clamp(1, context.n_batch());
-        context.clear();
-        let mut at = 0;
-        while at < n_ctx - 1 {
-            // Before the scored half no logits are wanted, and batches may be full.
-            let room = if at < first { first - at } else { max_rows };
-            let end = (at + room.min(context.n_batch())).min(n_ctx - 1);
-            let mut batch = Batch::default();
-            let mut rows = Vec::new();
-            for pos in at..end {
-                let wanted = pos >= first;
-                if wanted {
-                    rows.push(Row {
-                        at: batch.len(),
-                        sample: 0,
-                        token: window[pos + 1],
-                    });
-                }
-                batch.push(window[pos], pos as i32, 0, wanted);
-            }
-            context.decode(&mut batch)?;
-            n += rows.len();
-            sum += measure_rows(context, &rows, &nll).iter().sum::<f64>();
-            at = end;
-        }
+        sequence_nll(context, &window, first, &mut |_, nll| {
+            sum += nll;
+            n += 1;
+            true
+        })?;
         progress(w + 1, n_windows);
     }
     Ok(((sum / n.max(1) as f64).exp(), n))
+}
+
+/// −log p of every token of `tokens` after number `first`, each given all before it. `each` gets
+/// them in order with their tokens, a decode's worth at a time, and returns false to stop. What
+/// the context held before is forgotten.
+///
+/// # Errors
+/// llama.cpp's failures.
+pub fn sequence_nll(
+    context: &mut Context,
+    tokens: &[Token],
+    first: usize,
+    each: &mut dyn FnMut(Token, f64) -> bool,
+) -> Result<(), Error> {
+    let max_rows = (LOGIT_BYTES / (4 * context.model().n_vocab())).clamp(1, context.n_batch());
+    let last = tokens.len().saturating_sub(1);
+    context.clear();
+    let mut at = 0;
+    while at < last {
+        // Before the scored part no logits are wanted, and batches may be full.
+        let room = if at < first { first - at } else { max_rows };
+        let end = (at + room.min(context.n_batch())).min(last);
+        let mut batch = Batch::default();
+        let mut rows = Vec::new();
+        for pos in at..end {
+            let wanted = pos >= first;
+            if wanted {
+                rows.push((batch.len(), tokens[pos + 1]));
+            }
+            batch.push(tokens[pos], pos as i32, 0, wanted);
+        }
+        context.decode(&mut batch)?;
+        for (nll, (_, token)) in row_nll(context, &rows).into_iter().zip(&rows) {
+            if !each(*token, nll) {
+                return Ok(());
+            }
+        }
+        at = end;
+    }
+    Ok(())
 }

@@ -13,8 +13,8 @@ pub mod tofu;
 mod tofu_partial;
 
 pub use choice::{Answered, answer_choices};
-pub use generate::{Sampling, generate_greedy, generate_streaming};
-pub use losses::{answer_losses, answer_rows, perplexity};
+pub use generate::{Finish, Sampling, generate_greedy, generate_streaming};
+pub use losses::{answer_losses, answer_rows, perplexity, sequence_nll};
 pub use privacy::{Measured, Privacy, PrivacyLogError, Retain, Sets, measure_privacy};
 pub use set_scores::{Mean, SetScores};
 pub use shared::shared_losses;

@@ -34,18 +34,8 @@ impl NetReport {
     /// # Errors
     /// When the decomposition does not converge.
     pub fn update(&self) -> Result<Update, Error> {
-        let (n_in, n_out, rank) = self.net.shape();
-        let balanced = self.net.refactor(rank)?.update;
-        let (_, _, rank) = balanced.shape();
-        Ok(Update {
-            tensor: self.tensor.clone(),
-            n_in,
-            n_out,
-            rank,
-            scale: balanced.scale(),
-            lora_a: balanced.lora_a().to_vec(),
-            lora_b: balanced.lora_b().to_vec(),
-        })
+        let (_, _, rank) = self.net.shape();
+        Ok(Update::of(&self.tensor, &self.net.refactor(rank)?.update))
     }
 
     /// As a patch records it.

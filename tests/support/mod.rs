@@ -3,6 +3,8 @@
 
 use nepenthe::ggml::dequantize;
 use nepenthe::gguf::{GgmlType, Gguf, GgufWriter};
+use nepenthe::graph::weights::Weights;
+use nepenthe::patch::{Info, Patch, TensorInfo, Update, base_of, digest_of};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -114,4 +116,48 @@ pub fn decoded(from: &Path, to: &Path) {
         .expect("a good tensor");
     }
     file.save(true).expect("room on the disk");
+}
+
+/// A small patch for `model` that changes what it says, different for every `seed`.
+pub fn small_patch(model: &Path, dir: &Path, name: &str, seed: u64) -> PathBuf {
+    let weights = Weights::open(model).expect("a good model");
+    let base = base_of(&weights).expect("readable");
+    let mut info = Info::new(base, "test", serde_json::Value::Null, seed);
+    let mut state = seed;
+    let mut random = move || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    let mut updates = Vec::new();
+    for tensor in ["blk.0.ffn_down.weight", "blk.1.attn_output.weight"] {
+        let ne = weights.info(tensor).expect("a llama").ne;
+        let (n_in, n_out, rank) = (ne[0] as usize, ne[1] as usize, 2);
+        let mut values = |n: usize| (0..n).map(|_| 0.15 * random()).collect::<Vec<f32>>();
+        info.tensors.push(TensorInfo {
+            name: tensor.to_owned(),
+            digest: digest_of(&weights, tensor).expect("there"),
+            rank: rank as u32,
+            retain_rank: 0,
+            norm: 0.0,
+            relative_norm: 0.0,
+            retain_fraction: 0.0,
+        });
+        updates.push(Update {
+            tensor: tensor.to_owned(),
+            n_in,
+            n_out,
+            rank,
+            scale: 1.0,
+            lora_a: values(n_in * rank),
+            lora_b: values(rank * n_out),
+        });
+    }
+    let path = dir.join(name);
+    let arch = weights.arch().expect("a model");
+    Patch::new(arch, info, updates)
+        .save(&path, true)
+        .expect("room on the disk");
+    path
 }

@@ -2,10 +2,10 @@
 //! process.
 
 use super::error::failed;
-use super::fault::point;
 use super::prev::keep;
 use super::{FileId, ReplaceError, exists, lock, parent, put, remove, staging_dir, sync_dir};
 use crate::digest::of_file;
+use crate::fault::point;
 use crate::gguf::SplitName;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};

@@ -5,10 +5,10 @@
 //! [`settle`], as the next run finds it.
 
 use super::*;
+use crate::fault::KILL_AT;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 
-pub(super) const KILL_AT: &str = "NEPENTHE_TEST_KILL_AT";
 const CHILD: &str = "NEPENTHE_TEST_COMMIT";
 
 /// Old and new content of part `no`: more than one buffer, so that a write can be torn.

@@ -12,7 +12,6 @@
 //! is committed. A replaced file is never written to: a server may have it mapped.
 
 mod error;
-mod fault;
 mod journal;
 #[cfg(test)]
 mod kill_tests;
@@ -25,9 +24,9 @@ pub use prev::{confirm, prev_of, restore};
 use super::undo::FileId;
 use crate::digest::{Digest, of_file};
 use crate::error::Error;
+use crate::fault::point;
 use crate::gguf::SplitName;
 use error::failed;
-use fault::point;
 use journal::{Journal, complete};
 use sha2::{Digest as _, Sha256};
 use std::fs::{self, File, Metadata, Permissions, TryLockError};

@@ -1,9 +1,9 @@
 //! The file that was replaced, kept as `NAME.prev`.
 
 use super::error::failed;
-use super::fault::point;
 use super::{Mode, ReplaceError, Staging, exists, parent, siblings, sync_dir};
 use crate::error::Error;
+use crate::fault::point;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;

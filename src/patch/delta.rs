@@ -1,9 +1,9 @@
 //! ΔW = Σ s·B·A of one tensor, a row at a time: no [n_in, n_out] matrix is ever formed.
 
-use super::error::RoundError;
+use super::{Patch, Update};
 use crate::error::Error;
 use crate::graph::weights::Weights;
-use crate::patch::{Patch, Update};
+use crate::project::ProjectError;
 use std::collections::HashMap;
 
 /// One low-rank term: `lora_a` [n_in, rank], `lora_b` [rank, n_out].
@@ -43,13 +43,13 @@ impl<'a> Delta<'a> {
         lora_b: &'a [f32],
         rank: usize,
         scale: f32,
-    ) -> Result<(), RoundError> {
+    ) -> Result<(), ProjectError> {
         for (what, wanted, found) in [
             ("lora_a", self.n_in * rank, lora_a.len()),
             ("lora_b", rank * self.n_out, lora_b.len()),
         ] {
             if wanted != found {
-                return Err(RoundError::Length {
+                return Err(ProjectError::Length {
                     what,
                     wanted,
                     found,
@@ -69,8 +69,13 @@ impl<'a> Delta<'a> {
     ///
     /// # Errors
     /// An update of another shape.
-    pub fn push_update(&mut self, u: &'a Update, scale: f32) -> Result<(), RoundError> {
+    pub fn push_update(&mut self, u: &'a Update, scale: f32) -> Result<(), ProjectError> {
         self.push(&u.lora_a, &u.lora_b, u.rank, u.scale * scale)
+    }
+
+    /// Columns of the tensor.
+    pub fn n_in(&self) -> usize {
+        self.n_in
     }
 
     /// Rows of the tensor.
