@@ -9,6 +9,8 @@ cargo fmt --all --check
 cargo clippy --release --workspace --all-targets -- -D warnings
 if command -v cargo-nextest >/dev/null; then
     cargo nextest run --release --workspace
+    # nextest leaves the documentation's examples out.
+    cargo test --release --workspace --doc
 else
     cargo test --release --workspace
 fi

@@ -61,7 +61,10 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             rounding: Rounding::Feedback,
-            lambda: 0.5,
+            // Of the drop in forget probability, 82% was kept at 0.5, 89% at 2, 91% at 4, 92% at 8
+            // and 30 (Gemma-3-270M Q4_K_M, one patch of 0.8%), with KL on general text .055, .052,
+            // .056, .062, .065.
+            lambda: 4.0,
             damping: 0.005,
             passes: 20,
             limits: Limits {
