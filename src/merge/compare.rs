@@ -97,7 +97,6 @@ impl<'a> Comparison<'a> {
         }
         for portion in &portions {
             if self.apart {
-                self.q.close();
                 let mut of_p = Vec::with_capacity(portion.n_rows * n_vocab);
                 for piece in &portion.pieces {
                     self.p.decode(piece, longest, n_vocab, &mut of_p)?;
@@ -110,6 +109,7 @@ impl<'a> Comparison<'a> {
                     sums.add(piece, &of_p[at..at + of_q.len()], &of_q);
                     at += of_q.len();
                 }
+                self.q.close();
             } else {
                 for piece in &portion.pieces {
                     let (mut of_p, mut of_q) = (Vec::new(), Vec::new());
