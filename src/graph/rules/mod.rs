@@ -40,7 +40,32 @@ pub fn vjp(
     need: &[bool],
     env: &mut dyn Weightless,
 ) -> Result<Grads, GraphError> {
-    match node.op {
+    match family(node.op) {
+        Some(Family::Elementwise) => elementwise::vjp(c, node, grad, need),
+        Some(Family::Linear) => linear::vjp(c, node, grad, need, env),
+        Some(Family::Norm) => norm::vjp(c, node, grad),
+        Some(Family::Attention) => attention::vjp(c, node, grad, need),
+        Some(Family::Activation) => activation::vjp(c, node, grad, need),
+        Some(Family::Shape) => shape::vjp(c, node, grad),
+        None => Err(GraphError::NoRule {
+            op: op_name(node.op),
+        }),
+    }
+}
+
+/// The files of rules.
+enum Family {
+    Elementwise,
+    Linear,
+    Norm,
+    Attention,
+    Activation,
+    Shape,
+}
+
+/// Where an op's rule stands, if it has one.
+fn family(op: u32) -> Option<Family> {
+    Some(match op {
         sys::GGML_OP_ADD
         | sys::GGML_OP_SUB
         | sys::GGML_OP_MUL
@@ -50,20 +75,20 @@ pub fn vjp(
         | sys::GGML_OP_CLAMP
         | sys::GGML_OP_SUM_ROWS
         | sys::GGML_OP_MEAN
-        | sys::GGML_OP_SCALE => elementwise::vjp(c, node, grad, need),
-        sys::GGML_OP_MUL_MAT | sys::GGML_OP_GET_ROWS => linear::vjp(c, node, grad, need, env),
-        sys::GGML_OP_RMS_NORM | sys::GGML_OP_NORM => norm::vjp(c, node, grad),
-        sys::GGML_OP_ROPE | sys::GGML_OP_SOFT_MAX => attention::vjp(c, node, grad, need),
-        sys::GGML_OP_GLU | sys::GGML_OP_UNARY => activation::vjp(c, node, grad, need),
+        | sys::GGML_OP_SCALE => Family::Elementwise,
+        sys::GGML_OP_MUL_MAT | sys::GGML_OP_GET_ROWS => Family::Linear,
+        sys::GGML_OP_RMS_NORM | sys::GGML_OP_NORM => Family::Norm,
+        sys::GGML_OP_ROPE | sys::GGML_OP_SOFT_MAX => Family::Attention,
+        sys::GGML_OP_GLU | sys::GGML_OP_UNARY => Family::Activation,
         sys::GGML_OP_CONT
         | sys::GGML_OP_CONCAT
         | sys::GGML_OP_REPEAT
         | sys::GGML_OP_RESHAPE
         | sys::GGML_OP_VIEW
         | sys::GGML_OP_PERMUTE
-        | sys::GGML_OP_TRANSPOSE => shape::vjp(c, node, grad),
-        op => Err(GraphError::NoRule { op: op_name(op) }),
-    }
+        | sys::GGML_OP_TRANSPOSE => Family::Shape,
+        _ => return None,
+    })
 }
 
 /// Whether [`vjp`] has a rule for an op, or for this `kind` of an op with several activations.
@@ -71,31 +96,6 @@ pub fn has_rule(op: u32, kind: u32) -> bool {
     match op {
         sys::GGML_OP_UNARY => activation::has_rule(kind),
         sys::GGML_OP_GLU => activation::gate(kind).is_some(),
-        _ => matches!(
-            op,
-            sys::GGML_OP_ADD
-                | sys::GGML_OP_SUB
-                | sys::GGML_OP_MUL
-                | sys::GGML_OP_DIV
-                | sys::GGML_OP_SQR
-                | sys::GGML_OP_SQRT
-                | sys::GGML_OP_CLAMP
-                | sys::GGML_OP_SUM_ROWS
-                | sys::GGML_OP_MEAN
-                | sys::GGML_OP_SCALE
-                | sys::GGML_OP_MUL_MAT
-                | sys::GGML_OP_GET_ROWS
-                | sys::GGML_OP_RMS_NORM
-                | sys::GGML_OP_NORM
-                | sys::GGML_OP_ROPE
-                | sys::GGML_OP_SOFT_MAX
-                | sys::GGML_OP_CONT
-                | sys::GGML_OP_CONCAT
-                | sys::GGML_OP_REPEAT
-                | sys::GGML_OP_RESHAPE
-                | sys::GGML_OP_VIEW
-                | sys::GGML_OP_PERMUTE
-                | sys::GGML_OP_TRANSPOSE
-        ),
+        _ => family(op).is_some(),
     }
 }
