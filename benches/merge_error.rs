@@ -447,6 +447,7 @@ fn main() -> Result<()> {
                 let search = Search {
                     passes,
                     pair_passes,
+                    refits: 0,
                 };
                 let done = round_rows(&grid, &mut bytes, &update, factor, search)?;
                 Ok((judge((t.ty, &bytes))?, done, timer.elapsed().as_secs_f64()))
@@ -481,6 +482,7 @@ fn main() -> Result<()> {
                     let search = Search {
                         passes: last,
                         pair_passes: 0,
+                        refits: 0,
                     };
                     let from = (t.ty, base);
                     let fresh = Some(&importance[..]);

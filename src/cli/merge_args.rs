@@ -35,6 +35,10 @@ pub struct FitArgs {
     /// Passes of coordinate descent
     #[arg(long)]
     passes: Option<usize>,
+    /// Fit the scales inside the blocks to the chosen codes as well, this many times: more is
+    /// kept in the same size, but more than code bits changes
+    #[arg(long, value_name = "TIMES", num_args = 0..=1, default_missing_value = "3")]
+    refit_scales: Option<usize>,
 }
 
 impl FitArgs {
@@ -48,6 +52,7 @@ impl FitArgs {
         o.lambda = self.lambda.unwrap_or(o.lambda);
         o.damping = self.damping.unwrap_or(o.damping);
         o.passes = self.passes.unwrap_or(o.passes);
+        o.refits = self.refit_scales.unwrap_or(o.refits);
         o.limits.policy = match (self.policy, self.max_growth) {
             (Some(policy), _) => policy,
             (None, Some(_)) => Policy::Auto,

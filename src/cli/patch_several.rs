@@ -4,7 +4,9 @@ use super::common::{AdapterSpec, threads};
 use crate::adapter::{Loaded, load_patch, open_adapters};
 use crate::error::Error;
 use crate::model::OpenModel;
-use crate::patch::{Info, Overlap, Patch, TensorInfo, Weighting, base_of, combine, overlaps};
+use crate::patch::{
+    Info, Overlap, Patch, Storage, TensorInfo, Weighting, base_of, combine, overlaps,
+};
 use crate::patch::{PatchError, digest_of};
 use crate::proof::{choose, measure};
 use clap::{Args, ValueEnum};
@@ -114,7 +116,7 @@ enum Weights {
     Equal,
 }
 
-/// Make one patch of several
+/// Make one patch of several, or a smaller one of one
 #[derive(Debug, Args)]
 pub struct Combine {
     /// The patches, each with an optional scale
@@ -129,6 +131,9 @@ pub struct Combine {
     /// Each weight's update may be off by this fraction of its norm, for a lower rank
     #[arg(long, default_value_t = 0.01)]
     error: f64,
+    /// Type of the factors in the file; with q8_0 ranks are rounded up to multiples of 32
+    #[arg(long = "type", value_enum, default_value = "f16", value_name = "TYPE")]
+    storage: Storage,
     /// How updates of one weight are added
     #[arg(long, value_enum, default_value = "auto")]
     weights: Weights,
@@ -168,7 +173,11 @@ impl Combine {
             Weights::Auto => Weighting::Auto,
             Weights::Equal => Weighting::Equal,
         };
-        let combined = combine(&patches, self.error, weighting)?;
+        let mut combined = combine(&patches, self.error, weighting, self.storage)?;
+        // What is recorded and tried below is what the file will hold.
+        for u in &mut combined.updates {
+            *u = self.storage.rounded(u)?;
+        }
         let mut info = self.provenance(&open, &patches)?;
         for (u, about) in combined.updates.iter().zip(&combined.tensors) {
             let norm = u.net()?.norm() as f32;
@@ -194,7 +203,7 @@ impl Combine {
         if let Some(info) = &mut patch.info {
             info.canaries = canaries;
         }
-        let bytes = patch.save(&self.out, self.force)?;
+        let bytes = patch.save_as(&self.out, self.force, self.storage)?;
         let error = combined.tensors.iter().map(|t| t.error).fold(0.0, f64::max);
         if self.json {
             super::emit(&json!({

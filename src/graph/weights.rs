@@ -81,13 +81,14 @@ impl Weights {
     /// # Errors
     /// When it cannot be read.
     pub fn tensor_digest(&self, name: &str) -> Result<Option<Digest>, Error> {
-        let mut known = self.digests.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(digest) = known.tensors.get(name) {
+        let known = || self.digests.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(digest) = known().tensors.get(name) {
             return Ok(Some(*digest));
         }
+        // Unlocked, so that several tensors can be read at once.
         let digest = of_tensor(&self.set, name)?;
         if let Some(digest) = digest {
-            known.tensors.insert(name.to_owned(), digest);
+            known().tensors.insert(name.to_owned(), digest);
         }
         Ok(digest)
     }

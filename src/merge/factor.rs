@@ -121,6 +121,12 @@ impl Factor {
         &self.row(j)[..self.n_in]
     }
 
+    /// H with damping.
+    pub(super) fn h(&self) -> MatRef<'_, f32> {
+        let (n, rows) = (self.n_in, bytemuck::cast_slice::<f64, f32>(&self.rows));
+        MatRef::from_row_major_slice_with_stride(rows, n, n, 2 * n)
+    }
+
     /// Row j of U [n_in]; 1 on the diagonal, 0 before.
     pub(super) fn unit_row(&self, j: usize) -> &[f32] {
         &self.row(j)[self.n_in..]

@@ -16,6 +16,7 @@ use super::descent::Row;
 use super::error::RoundError;
 use super::factor::Factor;
 use super::grid::{Cells, Grid};
+use super::refit::best_factors;
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
@@ -34,6 +35,9 @@ pub struct Search {
     pub passes: usize,
     /// Most passes over pairs of codes, after that.
     pub pair_passes: usize,
+    /// How often the blocks' scales are fitted to the codes and descent begins again. With 0 only
+    /// code bits change.
+    pub refits: usize,
 }
 
 impl Default for Search {
@@ -41,6 +45,7 @@ impl Default for Search {
         Self {
             passes: 20,
             pair_passes: 0,
+            refits: 0,
         }
     }
 }
@@ -114,10 +119,21 @@ pub fn round_rows(
                         done.n_moves = n_moves;
                         done.loss -= gain;
                     }
+                    for _ in 0..search.refits {
+                        if !tile.refit(grid, f, bytes)? {
+                            break;
+                        }
+                        done.loss = tile.exact_loss();
+                        let (n_moves, gain) = tile.descend(grid, f, search);
+                        done.n_moves += n_moves;
+                        done.loss -= gain;
+                    }
                 }
             }
             done.n_elements = tile.code.len();
-            done.n_changed = grid.encode(&tile.code, bytes)?;
+            grid.encode(&tile.code, bytes)?;
+            let codes = tile.code.iter().zip(&tile.before);
+            done.n_changed = codes.filter(|(now, before)| now != before).count();
             Ok(done)
         })
         .collect();
@@ -129,6 +145,8 @@ pub fn round_rows(
 struct Tile {
     n: usize,
     cells: Cells,
+    /// Codes of w_q.
+    before: Vec<i32>,
     /// w_q + Δw.
     target: Vec<f32>,
     /// The target with the feedback of earlier errors.
@@ -177,6 +195,7 @@ impl Tile {
         for (t, w) in self.target.iter_mut().zip(&self.cells.value) {
             *t += w;
         }
+        self.before.clone_from(&self.cells.code);
         self.work.clone_from(&self.target);
         self.code.resize(len, 0);
         self.value.resize(len, 0.0);
@@ -312,6 +331,76 @@ impl Tile {
                 Par::Seq,
             );
         }
+    }
+
+    /// Scales of `bytes` fitted to the codes, and everything that follows from them; false where
+    /// there are none. A row that does not gain, because f16 is too coarse for it, stays as it is.
+    fn refit(&mut self, grid: &Grid, f: &Factor, bytes: &mut [u8]) -> Result<bool, RoundError> {
+        let Some((block_len, n_fields)) = grid.fields() else {
+            return Ok(false);
+        };
+        grid.encode(&self.code, bytes)?;
+        self.decoded(grid, f, bytes)?;
+        let (n, row_bytes) = (self.n, grid.row_bytes());
+        let before: Vec<f64> = (0..self.n_rows()).map(|r| self.exact_row_loss(r)).collect();
+        let was = bytes.to_vec();
+        let mut scaled = vec![0f32; n];
+        for (r, row) in bytes.chunks_exact_mut(row_bytes).enumerate() {
+            let own = r * n..(r + 1) * n;
+            let values = self.value[own.clone()].iter();
+            let offset = &self.cells.offset[own.clone()];
+            for (s, (v, m)) in scaled.iter_mut().zip(values.zip(offset)) {
+                *s = v - m;
+            }
+            let parts = [scaled.as_slice(), offset];
+            let gradient = &self.gradient[own];
+            if let Some(by) = best_factors(&parts[..n_fields], block_len, gradient, f) {
+                grid.scale_fields(row, &by);
+            }
+        }
+        self.decoded(grid, f, bytes)?;
+        let lost = |r: &usize| self.exact_row_loss(*r) >= before[*r];
+        let lost: Vec<usize> = (0..self.n_rows()).filter(lost).collect();
+        for &r in &lost {
+            let own = r * row_bytes..(r + 1) * row_bytes;
+            bytes[own.clone()].copy_from_slice(&was[own]);
+        }
+        if !lost.is_empty() {
+            self.decoded(grid, f, bytes)?;
+        }
+        Ok(true)
+    }
+
+    /// Cells, codes, values, errors and gradient of `bytes` as they are now.
+    fn decoded(&mut self, grid: &Grid, f: &Factor, bytes: &[u8]) -> Result<(), RoundError> {
+        grid.decode(bytes, &mut self.cells)?;
+        self.code.clone_from(&self.cells.code);
+        self.value.clone_from(&self.cells.value);
+        let errors = self.target.iter().zip(&self.value);
+        for (e, (t, v)) in self.error.iter_mut().zip(errors) {
+            *e = t - v;
+        }
+        let (n, rows) = (self.n, self.n_rows());
+        matmul(
+            MatMut::from_row_major_slice_mut(&mut self.gradient, rows, n),
+            Accum::Replace,
+            MatRef::from_row_major_slice(&self.error, rows, n),
+            f.h(),
+            1.0,
+            Par::Seq,
+        );
+        Ok(())
+    }
+
+    /// e·H·eᵀ of row `r`, as [`decoded`](Self::decoded) left it.
+    fn exact_row_loss(&self, r: usize) -> f64 {
+        let own = r * self.n..(r + 1) * self.n;
+        let pairs = self.error[own.clone()].iter().zip(&self.gradient[own]);
+        pairs.map(|(e, g)| f64::from(*e) * f64::from(*g)).sum()
+    }
+
+    fn exact_loss(&self) -> f64 {
+        (0..self.n_rows()).map(|r| self.exact_row_loss(r)).sum()
     }
 
     fn descend(&mut self, grid: &Grid, f: &Factor, search: Search) -> (usize, f64) {

@@ -127,6 +127,14 @@ fn sweep_only() -> Search {
     Search {
         passes: 0,
         pair_passes: 0,
+        refits: 0,
+    }
+}
+
+fn refitted() -> Search {
+    Search {
+        refits: 3,
+        ..Search::default()
     }
 }
 
@@ -134,6 +142,7 @@ fn with_pairs() -> Search {
     Search {
         passes: 20,
         pair_passes: 20,
+        refits: 0,
     }
 }
 
@@ -220,7 +229,7 @@ fn the_reported_loss_is_the_loss() {
     let factor = Factor::new(h.clone(), N, 0.01).unwrap();
     for ty in TYPES {
         let case = Case::new(ty, N, 5, 0.01, 6);
-        for search in [sweep_only(), Search::default(), with_pairs()] {
+        for search in [sweep_only(), Search::default(), with_pairs(), refitted()] {
             let (bytes, done) = case.round(Some(&factor), search);
             let wanted: f64 = case.losses(&bytes, &factor.moments()).iter().sum();
             let off = (done.loss - wanted).abs();
@@ -245,6 +254,7 @@ fn no_row_is_worse_than_plain_rounding_and_every_pass_lowers_the_loss() {
             let search = Search {
                 passes,
                 pair_passes,
+                ..sweep_only()
             };
             let (bytes, _) = case.round(Some(&factor), search);
             let losses = case.losses(&bytes, &factor.moments());
@@ -270,6 +280,50 @@ fn feedback_keeps_an_update_that_plain_rounding_loses() {
     let descended = sum(&case.round(Some(&factor), Search::default()).0);
     assert!(swept < 0.25 * plain, "{swept} {plain}");
     assert!(descended < 0.9 * swept, "{descended} {swept}");
+}
+
+/// Every row gains, and only codes and the blocks' f16 fields change: steps of a block keep their
+/// ratios, offsets too.
+#[test]
+fn fitting_the_scales_lowers_the_loss_and_changes_nothing_but_them() {
+    let h = moments(N, &mut SplitMix64(14));
+    let factor = Factor::new(h, N, 0.01).unwrap();
+    for ty in CODED {
+        let case = Case::new(ty, N, 8, 0.01, 15);
+        let losses = |search| {
+            let (bytes, _) = case.round(Some(&factor), search);
+            (case.losses(&bytes, &factor.moments()), bytes)
+        };
+        let (before, _) = losses(Search::default());
+        let (after, bytes) = losses(refitted());
+        for (r, (a, b)) in after.iter().zip(&before).enumerate() {
+            assert!(*a <= b * (1.0 + 1e-5), "{ty} row {r}: {a} > {b}");
+        }
+        let sum = |l: &[f64]| l.iter().sum::<f64>();
+        // There is much to gain with one scale for 32 codes, little with one for 256, or with codes
+        // nearly as fine as f16 is.
+        use GgmlType as T;
+        let small_blocks = matches!(ty, T::Q4_0 | T::Q4_1 | T::Q5_0 | T::Q5_1);
+        let most = if small_blocks { 0.95 } else { 1.0 };
+        assert!(
+            sum(&after) < most * sum(&before),
+            "{ty}: {after:?} {before:?}"
+        );
+        let (mut was, mut now) = (Cells::default(), Cells::default());
+        case.grid.decode(&case.bytes, &mut was).unwrap();
+        case.grid.decode(&bytes, &mut now).unwrap();
+        let block = ty.block_len() as usize;
+        for part in [|c: &Cells| c.step.clone(), |c: &Cells| c.offset.clone()] {
+            for (was, now) in part(&was).chunks(block).zip(part(&now).chunks(block)) {
+                let ratios = was.iter().zip(now).filter(|(w, _)| **w != 0.0);
+                let ratios: Vec<f32> = ratios.map(|(w, n)| n / w).collect();
+                let first = ratios.first().copied().unwrap_or(1.0);
+                assert!(first > 0.0, "{ty}: a sign turned");
+                let off = ratios.iter().map(|r| (r / first - 1.0).abs());
+                assert!(off.fold(0.0, f32::max) < 1e-5, "{ty}: {ratios:?}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -325,8 +379,12 @@ fn no_update_changes_no_byte() {
     for ty in TYPES {
         let mut case = Case::new(ty, N, ROWS, 0.01, 9);
         case.delta.fill(0.0);
-        for factor in [None, Some(&factor)] {
-            let (bytes, done) = case.round(factor, Search::default());
+        for (factor, search) in [
+            (None, Search::default()),
+            (Some(&factor), Search::default()),
+            (Some(&factor), refitted()),
+        ] {
+            let (bytes, done) = case.round(factor, search);
             assert!(bytes == case.bytes, "{ty}");
             assert_eq!((done.n_changed, done.loss), (0, 0.0), "{ty}");
         }

@@ -38,6 +38,8 @@ struct Layout {
     group: usize,
     /// Step and offset of group `g`.
     step: fn(&[u8], usize) -> (f32, f32),
+    /// Where the block's f16 fields are: what steps are in proportion to, then what offsets are.
+    fields: &'static [usize],
 }
 
 fn half_at(block: &[u8], at: usize) -> f32 {
@@ -93,6 +95,7 @@ impl Layout {
                 zero: 8,
                 group: 32,
                 step: only_d,
+                fields: &[0],
             },
             GgmlType::Q4_1 => Self {
                 low: (nibble32[1], 4),
@@ -100,6 +103,7 @@ impl Layout {
                 zero: 0,
                 group: 32,
                 step: d_and_m,
+                fields: &[0, 2],
             },
             GgmlType::Q5_0 => Self {
                 low: (nibble32[2], 4),
@@ -107,6 +111,7 @@ impl Layout {
                 zero: 16,
                 group: 32,
                 step: only_d,
+                fields: &[0],
             },
             GgmlType::Q5_1 => Self {
                 low: (nibble32[3], 4),
@@ -114,6 +119,7 @@ impl Layout {
                 zero: 0,
                 group: 32,
                 step: d_and_m,
+                fields: &[0, 2],
             },
             // Two's complement; the sign is put on in `Grid::code`.
             GgmlType::Q8_0 => Self {
@@ -122,6 +128,7 @@ impl Layout {
                 zero: 0,
                 group: 32,
                 step: only_d,
+                fields: &[0],
             },
             GgmlType::Q2_K => Self {
                 low: (
@@ -140,6 +147,7 @@ impl Layout {
                         -(half_at(b, 82) * f32::from(b[g] >> 4)),
                     )
                 },
+                fields: &[80, 82],
             },
             GgmlType::Q3_K => Self {
                 low: (
@@ -153,6 +161,7 @@ impl Layout {
                 zero: 4,
                 group: 16,
                 step: |b, g| (half_at(b, 108) * f32::from(scale_q3(&b[96..108], g)), 0.0),
+                fields: &[108],
             },
             GgmlType::Q4_K => Self {
                 low: (|i| (16 + i / 64 * 32 + i % 32, i as u32 % 64 / 32 * 4), 4),
@@ -160,6 +169,7 @@ impl Layout {
                 zero: 0,
                 group: 32,
                 step: step_k4,
+                fields: &[0, 2],
             },
             GgmlType::Q5_K => Self {
                 low: (|i| (48 + i / 64 * 32 + i % 32, i as u32 % 64 / 32 * 4), 4),
@@ -167,6 +177,7 @@ impl Layout {
                 zero: 0,
                 group: 32,
                 step: step_k4,
+                fields: &[0, 2],
             },
             GgmlType::Q6_K => Self {
                 low: (|i| (i / 128 * 64 + i % 64, i as u32 % 128 / 64 * 4), 4),
@@ -177,6 +188,7 @@ impl Layout {
                 zero: 32,
                 group: 16,
                 step: |b, g| (half_at(b, 208) * f32::from(b[192 + g] as i8), 0.0),
+                fields: &[208],
             },
             _ => return None,
         })
@@ -404,6 +416,40 @@ impl Grid {
             }
         }
         Ok(changed)
+    }
+
+    /// Elements of a block and the number of its f16 fields: one that its steps are in proportion
+    /// to, and one for its offsets where it has them. None for floats.
+    pub fn fields(&self) -> Option<(usize, usize)> {
+        match &self.kind {
+            Kind::Codes {
+                layout, block_len, ..
+            } => Some((*block_len, layout.fields.len())),
+            _ => None,
+        }
+    }
+
+    /// Multiply the fields of a row's blocks, one after another, by 1 + `by`. A field that would
+    /// become zero, infinite or of the other sign stays.
+    pub fn scale_fields(&self, row: &mut [u8], by: &[f64]) {
+        let Kind::Codes {
+            layout,
+            block_bytes,
+            ..
+        } = &self.kind
+        else {
+            return;
+        };
+        let blocks = row.chunks_exact_mut(*block_bytes);
+        for (block, by) in blocks.zip(by.chunks_exact(layout.fields.len())) {
+            for (&at, by) in layout.fields.iter().zip(by) {
+                let was = half_at(block, at);
+                let now = f16::from_f64(f64::from(was) * (1.0 + by));
+                if now.is_finite() && now.to_f32() * was > 0.0 {
+                    block[at..at + 2].copy_from_slice(&now.to_le_bytes());
+                }
+            }
+        }
     }
 
     /// The code nearest to `v` at element `i`, and the value it stands for. An element without a

@@ -18,6 +18,7 @@ pub mod measure;
 pub mod moments;
 pub mod promote;
 pub mod record;
+mod refit;
 pub mod replace;
 pub mod rewrite;
 pub mod run;

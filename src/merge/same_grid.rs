@@ -48,6 +48,8 @@ pub struct Options {
     pub damping: f64,
     /// Passes of coordinate descent after the rounding.
     pub passes: usize,
+    /// How often scales are fitted to the codes; with 0 only code bits change.
+    pub refits: usize,
     /// What may be done to tensors that the grid does not serve.
     pub limits: Limits,
     /// Whether tensors whose type has no grid are written in a larger one instead of being left
@@ -67,6 +69,7 @@ impl Default for Options {
             lambda: 4.0,
             damping: 0.005,
             passes: 20,
+            refits: 0,
             limits: Limits {
                 policy: Policy::Grid,
                 ..Limits::default()
@@ -229,6 +232,7 @@ fn one(
     let n_in = moments.n_in;
     let search = Search {
         passes: options.passes,
+        refits: options.refits,
         ..Search::default()
     };
     let merged = |ty: GgmlType, after: &[u8]| {

@@ -9,7 +9,7 @@
 
 use super::delta::Delta;
 use super::overlap::inner;
-use super::{Patch, PatchError, Update, truncate};
+use super::{Patch, PatchError, Storage, Update, truncate};
 use crate::error::Error;
 use crate::project::ProjectError;
 use crate::subspace::eigen_descending;
@@ -52,7 +52,8 @@ pub struct Combined {
     pub tensors: Vec<CombinedTensor>,
 }
 
-/// Add `patches`, each at its scale, and truncate every weight's sum within `error` of it.
+/// Add `patches`, each at its scale, and truncate every weight's sum within `error` of it, to ranks
+/// that suit `storage`.
 ///
 /// # Errors
 /// Patches of different shapes, a decomposition that does not converge.
@@ -60,6 +61,7 @@ pub fn combine(
     patches: &[(Patch, f32)],
     error: f64,
     weighting: Weighting,
+    storage: Storage,
 ) -> Result<Combined, Error> {
     let mut names: Vec<&str> = Vec::new();
     for u in patches.iter().flat_map(|(p, _)| &p.updates) {
@@ -72,7 +74,7 @@ pub fn combine(
         tensors: Vec::with_capacity(names.len()),
     };
     for name in names {
-        let (update, about) = combine_tensor(name, patches, error, weighting)?;
+        let (update, about) = combine_tensor(name, patches, error, weighting, storage)?;
         out.updates.push(update);
         out.tensors.push(about);
     }
@@ -84,6 +86,7 @@ fn combine_tensor(
     patches: &[(Patch, f32)],
     error: f64,
     weighting: Weighting,
+    storage: Storage,
 ) -> Result<(Update, CombinedTensor), Error> {
     let mut present: Vec<(usize, &Update, f32)> = Vec::new();
     for (i, (patch, scale)) in patches.iter().enumerate() {
@@ -112,7 +115,7 @@ fn combine_tensor(
         lora_b,
         ..*first
     };
-    let (small, error) = truncate(&whole, error)?;
+    let (small, error) = truncate(&whole, error, storage)?;
     let mut by_patch = vec![None; patches.len()];
     for ((i, ..), w) in present.iter().zip(weights) {
         by_patch[*i] = Some(w);
@@ -201,7 +204,7 @@ mod tests {
     }
 
     fn weights(patches: &[(Patch, f32)]) -> Vec<f64> {
-        let combined = combine(patches, 0.0, Weighting::Auto).expect("it converges");
+        let combined = combine(patches, 0.0, Weighting::Auto, Storage::F16).expect("it converges");
         combined.tensors[0]
             .weights
             .iter()
@@ -228,7 +231,8 @@ mod tests {
         let a = patch([1.0, 2.0, 0.5], [1.0, -1.0]);
         let mut b = patch([0.3, -1.0, 2.0], [0.5, 2.0]);
         b.1 = -2.0;
-        let both = combine(&[a.clone(), b.clone()], 0.0, Weighting::Equal).expect("it converges");
+        let both = combine(&[a.clone(), b.clone()], 0.0, Weighting::Equal, Storage::F16)
+            .expect("it converges");
         let sum: Vec<f64> = dense(&a.0.updates[0])
             .iter()
             .zip(dense(&b.0.updates[0]))
@@ -240,7 +244,8 @@ mod tests {
         let mut tall = wide.clone();
         tall.0.updates[0].n_out = 1;
         tall.0.updates[0].lora_b.pop();
-        let e = combine(&[wide, tall], 0.0, Weighting::Auto).expect_err("other shapes");
+        let e =
+            combine(&[wide, tall], 0.0, Weighting::Auto, Storage::F16).expect_err("other shapes");
         assert_eq!(e.exit_code(), 3, "{e}");
     }
 }

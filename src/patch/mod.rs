@@ -13,6 +13,7 @@ mod info;
 mod intake;
 mod overlap;
 pub mod peft;
+mod storage;
 mod truncate;
 
 pub use canary::Canary;
@@ -21,14 +22,15 @@ pub use error::PatchError;
 pub use info::{Base, FORMAT, Info, TensorInfo};
 pub use intake::{Intake, PatchId, check_scale};
 pub use overlap::{Angles, Overlap, overlaps};
+pub use storage::Storage;
 pub use truncate::truncate;
 
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::ggml::dequantize;
-use crate::gguf::{GgmlType, Gguf, GgufWriter, Metadata, Value};
+use crate::gguf::{Gguf, GgufWriter, Metadata, Value};
 use crate::graph::weights::Weights;
-use half::f16;
+use rayon::prelude::*;
 use std::path::{Path, PathBuf};
 
 /// One weight's update ΔW = scale·B·A.
@@ -79,6 +81,14 @@ impl Patch {
     /// # Errors
     /// An existing `path` unless `force`, a failing disk, a value outside f16.
     pub fn save(&self, path: &Path, force: bool) -> Result<u64, Error> {
+        self.save_as(path, force, Storage::F16)
+    }
+
+    /// Write it with factors in `storage`. Returns the file's size.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save).
+    pub fn save_as(&self, path: &Path, force: bool, storage: Storage) -> Result<u64, Error> {
         let mut meta = Metadata::new();
         meta.set("general.type", "adapter");
         meta.set("general.architecture", self.arch.as_str());
@@ -87,49 +97,20 @@ impl Patch {
         if let Some(info) = &self.info {
             info.write(&mut meta);
         }
-        let mut encoded = Vec::with_capacity(self.updates.len());
-        for u in &self.updates {
-            let b: Vec<f32> = u.lora_b.iter().map(|v| v * u.scale).collect();
-            encoded.push((
-                self.half(u, "lora_a", &u.lora_a, path)?,
-                self.half(u, "lora_b", &b, path)?,
-            ));
-        }
+        let encoded: Result<Vec<_>, Error> = self
+            .updates
+            .iter()
+            .map(|u| storage.encode(u, path))
+            .collect();
+        let encoded = encoded?;
         let mut file = GgufWriter::new(path, meta);
-        for (u, (a, b)) in self.updates.iter().zip(&encoded) {
-            let (n_in, n_out, rank) = (u.n_in as u64, u.n_out as u64, u.rank as u64);
-            file.tensor_from_bytes(
-                &format!("{}.lora_a", u.tensor),
-                &[n_in, rank],
-                GgmlType::F16,
-                a,
-            )?;
-            file.tensor_from_bytes(
-                &format!("{}.lora_b", u.tensor),
-                &[rank, n_out],
-                GgmlType::F16,
-                b,
-            )?;
+        for (u, pair) in self.updates.iter().zip(&encoded) {
+            for (part, factor) in ["lora_a", "lora_b"].into_iter().zip(pair) {
+                let name = format!("{}.{part}", u.tensor);
+                file.tensor_from_bytes(&name, &factor.ne, factor.ty, &factor.bytes)?;
+            }
         }
         Ok(file.save(force)?)
-    }
-
-    fn half(
-        &self,
-        u: &Update,
-        part: &'static str,
-        values: &[f32],
-        path: &Path,
-    ) -> Result<Vec<u8>, PatchError> {
-        let halves: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
-        if let Some(at) = halves.iter().position(|h| !h.is_finite()) {
-            return Err(PatchError::NotFinite {
-                path: path.to_owned(),
-                tensor: format!("{}.{part}", u.tensor),
-                at,
-            });
-        }
-        Ok(bytemuck::cast_slice(&halves).to_vec())
     }
 
     /// Read a LoRA adapter in llama.cpp's form; every field is checked, because llama.cpp ends
@@ -173,7 +154,7 @@ impl Patch {
             return Err(wrong("adapter.lora.alpha", "a finite number", &alpha.to_string()).into());
         }
         let info = Info::read(path, meta)?;
-        let mut updates = Vec::new();
+        let mut bases = Vec::new();
         for t in gguf.tensors() {
             let Some(base) = t.name.strip_suffix(".lora_a") else {
                 let partner = t
@@ -199,8 +180,10 @@ impl Patch {
                     }
                 }
             };
-            updates.push(read_update(gguf, base, alpha)?);
+            bases.push(base);
         }
+        let updates = bases.par_iter().map(|base| read_update(gguf, base, alpha));
+        let updates = updates.collect::<Result<Vec<_>, Error>>()?;
         if updates.is_empty() {
             return Err(PatchError::NoTensors {
                 path: path.to_owned(),
@@ -275,11 +258,14 @@ impl Patch {
         // The tensors alone first: cheaper than the file, and enough. What a merge left out fits
         // its merged file alone and names no tensors.
         let mut differ = info.tensors.is_empty().then(|| "the file".to_owned());
-        for t in &info.tensors {
-            if model.tensor_digest(&t.name)? != Some(t.digest) {
-                differ = Some(t.name.clone());
-                break;
-            }
+        let found = info
+            .tensors
+            .par_iter()
+            .map(|t| model.tensor_digest(&t.name));
+        let found = found.collect::<Result<Vec<_>, Error>>()?;
+        let mut tensors = info.tensors.iter().zip(found);
+        if let Some((t, _)) = tensors.find(|(t, found)| *found != Some(t.digest)) {
+            differ = Some(t.name.clone());
         }
         let Some(tensor) = differ else {
             return Ok(());

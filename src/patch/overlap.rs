@@ -7,7 +7,7 @@
 //! r₂)/n, beside which it is to be read. The cosine of the updates themselves, ⟨ΔW₁, ΔW₂⟩/‖ΔW₁‖‖ΔW₂‖,
 //! says whether they pull the same way there.
 
-use super::{Patch, Update, truncate};
+use super::{Patch, Storage, Update, truncate};
 use crate::error::Error;
 use crate::subspace::{left_svd, product};
 use faer::Mat;
@@ -72,7 +72,7 @@ struct Space {
 }
 
 fn space(update: &Update) -> Result<Space, Error> {
-    let (update, _) = truncate(update, SPACE_ERROR)?;
+    let (update, _) = truncate(update, SPACE_ERROR, Storage::F16)?;
     let rank = update.rank;
     // The factors' columns are orthogonal already.
     let outputs = unit(Mat::from_fn(update.n_out, rank, |o, j| {

@@ -1,7 +1,7 @@
 //! An update at the least rank that keeps it within a stated error: B·A is factored by QR of both
 //! sides and SVD of the small core ([`NetUpdate::truncate`]), so no [n_in, n_out] matrix is formed.
 
-use super::Update;
+use super::{Storage, Update};
 use crate::error::Error;
 use crate::project::NetUpdate;
 
@@ -31,13 +31,13 @@ impl Update {
     }
 }
 
-/// `update` at the least rank that is within `error`·‖ΔW‖ of it, and how far it is, relative to
-/// ‖ΔW‖. The factors' columns are orthogonal, singular values split evenly over both.
+/// `update` at the least rank that is within `error`·‖ΔW‖ of it and suits `storage`, and how far it
+/// is, relative to ‖ΔW‖. The factors' columns are orthogonal, singular values split evenly over both.
 ///
 /// # Errors
 /// When the decomposition does not converge.
-pub fn truncate(update: &Update, error: f64) -> Result<(Update, f64), Error> {
-    let small = update.net()?.truncate(error)?;
+pub fn truncate(update: &Update, error: f64, storage: Storage) -> Result<(Update, f64), Error> {
+    let small = update.net()?.truncate(error, storage.rank_step())?;
     let tensor = &update.tensor;
     Ok((Update::of(tensor, &small.update), small.discarded.sqrt()))
 }
@@ -73,7 +73,7 @@ mod tests {
             (0.49, 1, 5f64.sqrt() / norm),
             (1.0, 1, 5f64.sqrt() / norm),
         ] {
-            let (small, off) = truncate(&whole, error).expect("it converges");
+            let (small, off) = truncate(&whole, error, Storage::F16).expect("it converges");
             assert_eq!(small.rank, rank, "error {error}");
             assert!((off - found).abs() < 1e-6, "{off} {found}");
         }

@@ -190,11 +190,12 @@ impl NetUpdate {
         self.refactor_by(|_| rank)
     }
 
-    /// The update of the least rank (at least 1) that is within `error`·‖ΔW‖ of this one.
+    /// The update of the least rank (at least 1) that is within `error`·‖ΔW‖ of this one; of those
+    /// that are a multiple of `step`, where it has as many.
     ///
     /// # Errors
     /// When the decomposition does not converge.
-    pub fn truncate(&self, error: f64) -> Result<Refactored, ProjectError> {
+    pub fn truncate(&self, error: f64, step: usize) -> Result<Refactored, ProjectError> {
         self.refactor_by(|sigma| {
             let energy: f64 = sigma.iter().map(|s| s * s).sum();
             // From the small end, so that what is discarded is not lost in what is kept.
@@ -203,7 +204,8 @@ impl NetUpdate {
                 lost += **s * **s;
                 lost <= error * error * energy
             });
-            (sigma.len() - small.count()).max(1)
+            let least = (sigma.len() - small.count()).max(1);
+            least.next_multiple_of(step.max(1))
         })
     }
 
