@@ -1,14 +1,15 @@
 //! How much memory `nepenthe merge` takes, beside the bound file + 1 GB + one matrix.
 //!
 //! `cargo bench --bench merge_memory -- --shape 1b|3b|7b|8b [--blocks N] [--dir DIR] [--threads N]
-//! [--passes N] [--gate] [--nepenthe FILE]`
+//! [--passes N] [--gate] [--adapt PART] [--nepenthe FILE]`
 //!
 //! Writes a synthetic model and patch (see `shapes`) under `--dir`, merges them in a process of
 //! their own, calibrated by the built-in general text, and watches that process in
 //! `/proc/PID/status`: its peak (`VmHWM`, the kernel's own), and what is mapped from files
 //! (`RssFile`) and what is not (`RssAnon`), sampled. One matrix is H of the widest input in f32,
 //! a GB 10^9 bytes. Then the merged file must open, differ from the model in every adapted tensor
-//! and in no other, and revert to the very bytes. `--nepenthe` names another build of
+//! and in no other, and revert to the very bytes. `--adapt` cuts
+//! the patch to matrices with this in their names (`attn`); `--nepenthe` names another build of
 //! the program.
 
 #[path = "shapes/blocks.rs"]
@@ -52,9 +53,11 @@ fn main() -> Fallible<()> {
     };
     let vocabulary = Gguf::open(support::mini())?;
     let file_len = llama::write_model(&bench.model, &shape, &vocabulary, 1)?;
-    let n_adapted = llama::write_patch(&bench.patch, &bench.model, &shape, 2)?;
+    let adapted = args.value("--adapt").unwrap_or_default();
+    let n_adapted = llama::write_patch(&bench.patch, &bench.model, &shape, adapted, 2)?;
     let used = bench.merge(&args)?;
-    let widest = shape.n_ff.max(shape.n_embd);
+    let updates = Patch::open(&bench.patch)?.updates;
+    let widest = updates.iter().map(|u| u.n_in).max().unwrap_or(0);
     let matrix = 4 * (widest as u64).pow(2);
     let bound = file_len + 1_000_000_000 + matrix;
     let mb = |bytes: u64| bytes as f64 / 1e6;

@@ -308,6 +308,86 @@ fn a_store_is_changed_by_its_commands() {
 }
 
 #[test]
+fn run_applies_what_the_store_says() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let at = dir.path().join("store");
+    let patch = small_patch(&mini(), dir.path(), "a.gguf", 1);
+    let store = Store::create(&at).expect("room");
+    let strong = Add {
+        scale: 40.0,
+        ..PLAIN
+    };
+    store.add(&patch, &strong).expect("a good patch");
+    let said = |more: &[&str]| {
+        let model = mini();
+        let given = [
+            "run",
+            "-m",
+            text(&model),
+            "-t",
+            "1",
+            "-p",
+            QUESTION,
+            "--json",
+        ];
+        json(&[&given, more].concat())["text"].clone()
+    };
+    let by_store = said(&["--store", text(&at)]);
+    assert_eq!(by_store, said(&["--lora", &format!("{}:40", text(&patch))]));
+    assert_ne!(by_store, said(&[]));
+    let ours = signer(dir.path(), "ours");
+    let e = fails(
+        4,
+        &[
+            "run",
+            "-m",
+            text(&mini()),
+            "-p",
+            QUESTION,
+            "--store",
+            text(&at),
+            "--require-signature",
+            text(&ours.public),
+        ],
+    );
+    assert!(e.contains("signature"), "{e}");
+}
+
+/// Both ways, with the real program.
+#[test]
+fn minisign_agrees() {
+    use std::process::Command;
+    let minisign = |args: &[&str]| {
+        let done = Command::new("minisign").args(args).output().ok()?;
+        Some(done.status.success())
+    };
+    if minisign(&["-v"]).is_none() {
+        println!("skipped: the program minisign is not installed");
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let ours = signer(dir.path(), "ours");
+    let patch = small_patch(&mini(), dir.path(), "a.gguf", 1);
+    ours.sign(&patch, Some(3));
+    let verifies = || minisign(&["-V", "-p", text(&ours.public), "-m", text(&patch)]);
+    assert_eq!(verifies(), Some(true));
+    let theirs = small_patch(&mini(), dir.path(), "b.gguf", 2);
+    let (public, secret) = (dir.path().join("their.pub"), dir.path().join("their.key"));
+    let made = minisign(&["-G", "-W", "-p", text(&public), "-s", text(&secret)]);
+    assert_eq!(made, Some(true));
+    let signed = minisign(&["-S", "-s", text(&secret), "-m", text(&theirs)]);
+    assert_eq!(signed, Some(true));
+    let key = PublicKey::parse(text(&public)).expect("a key");
+    Intake::read(&theirs, dir.path(), u64::MAX, Some(&key)).expect("signed by it");
+    let e = Intake::read(&theirs, dir.path(), u64::MAX, Some(&ours.key)).expect_err("another key");
+    assert_eq!(e.exit_code(), 4, "{e}");
+    let mut bytes = std::fs::read(&patch).expect("readable");
+    bytes[100] ^= 1;
+    std::fs::write(&patch, bytes).expect("room");
+    assert_eq!(verifies(), Some(false));
+}
+
+#[test]
 fn a_runtime_follows_its_store() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let at = dir.path().join("store");

@@ -187,11 +187,21 @@ pub fn write_model(path: &Path, shape: &Shape, vocabulary: &Gguf, seed: u64) -> 
     Ok(file.save(true)?)
 }
 
-/// Write a random patch of rank [`RANK`] on every matrix of every block of `model`.
-pub fn write_patch(path: &Path, model: &Path, shape: &Shape, seed: u64) -> Fallible<usize> {
+/// Write a random patch of rank [`RANK`] on every matrix of every block of `model` that has
+/// `adapted` in its name.
+pub fn write_patch(
+    path: &Path,
+    model: &Path,
+    shape: &Shape,
+    adapted: &str,
+    seed: u64,
+) -> Fallible<usize> {
     let mut updates = Vec::new();
     for l in 0..shape.n_layer {
         for (name, n_in, n_out, _, sd) in shape.matrices(l) {
+            if !name.contains(adapted) {
+                continue;
+            }
             let mut rng = SplitMix64::stream(seed, 1 << 32 | updates.len() as u64);
             // ‖B·A‖² is about rank·n_in·n_out·a²·b².
             let a = (n_in as f32).sqrt().recip();

@@ -1,8 +1,10 @@
 //! Model-shaped synthetic GGUFs: random Llamas in Q4_K_M, and a random patch for each.
 //!
-//! `cargo bench --bench shapes -- --shape 1b|3b|7b|8b -o FILE [--patch FILE] [--blocks N] [--seed N]`
+//! `cargo bench --bench shapes -- --shape 1b|3b|7b|8b -o FILE [--patch FILE] [--blocks N]
+//! [--adapt PART] [--seed N]`
 //!
-//! `--blocks` cuts the model to its first N blocks. A seed gives the same bytes every time.
+//! `--blocks` cuts the model to its first N blocks, `--adapt` the patch to matrices with this in
+//! their names (`attn`). A seed gives the same bytes every time.
 
 mod blocks;
 mod llama;
@@ -32,7 +34,8 @@ fn main() -> Fallible<()> {
         shape.name
     );
     if let Some(patch) = args.value("--patch") {
-        let n = llama::write_patch(Path::new(patch), out, &shape, seed)?;
+        let adapted = args.value("--adapt").unwrap_or_default();
+        let n = llama::write_patch(Path::new(patch), out, &shape, adapted, seed)?;
         println!("{patch}: rank {} on {n} tensors", llama::RANK);
     }
     Ok(())

@@ -1,10 +1,12 @@
 //! `nepenthe run`.
 
 use super::common::{AdapterArgs, ModelArgs, TemplateArg, TrustArgs};
+use crate::adapter::open_adapters;
 use crate::data::{Message, Role, build_prompt};
 use crate::error::Error;
 use crate::ggml::{Context, ContextOptions};
 use crate::score::{Sampling, generate_streaming};
+use crate::store::Store;
 use clap::Args;
 use std::io::{Read, Write};
 use std::path::PathBuf;
@@ -18,6 +20,9 @@ pub struct Run {
     adapters: AdapterArgs,
     #[command(flatten)]
     trust: TrustArgs,
+    /// Apply the active patches of this store as well
+    #[arg(long, value_name = "DIR")]
+    store: Option<PathBuf>,
     /// What to say to the model
     #[arg(short, long, conflicts_with = "file")]
     prompt: Option<String>,
@@ -70,7 +75,15 @@ impl Run {
     pub(super) fn run(&self) -> Result<(), Error> {
         let text = self.text()?;
         let open = self.model.open()?;
-        let adapters = self.adapters.open(&open, &self.trust)?;
+        let mut adapters = self.adapters.open(&open, &self.trust)?;
+        if let Some(dir) = &self.store {
+            let (store, key) = (Store::open(dir)?, self.trust.key()?);
+            for entry in store.index()?.patches {
+                store.verify(entry.id, key.as_ref())?;
+                let path = store.path_of(entry.id);
+                adapters.extend(open_adapters(&open, [(path.as_path(), entry.scale)])?);
+            }
+        }
         let tokens = if self.raw {
             open.model.tokenize(&text, true, true)
         } else {
