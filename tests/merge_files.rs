@@ -14,7 +14,8 @@ use nepenthe::merge::imatrix::Imatrix;
 use nepenthe::merge::replace::{part_paths, prev_of};
 use nepenthe::merge::rewrite::{Form, OutType, rewrite};
 use nepenthe::merge::same_grid::{Options, fit};
-use nepenthe::patch::{Patch, Update};
+use nepenthe::patch::{Info, Patch, TensorInfo, Update, base_of, digest_of};
+use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use support::{fails, json, mini};
@@ -83,6 +84,45 @@ fn model(dir: &Path, types: &[GgmlType], count: usize) -> Vec<PathBuf> {
         file.save(false).expect("room");
     }
     paths
+}
+
+/// By the digests of its tensors: the file's own name, digest and parts do not matter.
+#[test]
+fn a_patch_fits_its_model_however_it_is_split() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let at = |name: &str| {
+        let sub = dir.path().join(name);
+        std::fs::create_dir(&sub).expect("room");
+        sub
+    };
+    let types = [GgmlType::Q4_0, GgmlType::Q8_0, GgmlType::F16];
+    let whole = Weights::open(&model(&at("whole"), &types, 1)[0]).expect("a model");
+    let split = Weights::open(&model(&at("split"), &types, 3)[1]).expect("a model");
+    let other = [GgmlType::Q4_0, GgmlType::Q8_0, GgmlType::BF16];
+    let other = Weights::open(&model(&at("other"), &other, 1)[0]).expect("a model");
+    let mut patch = lora(&dir.path().join("p.gguf"), 0..3, 0.1);
+    let mut info = Info::new(base_of(&whole).expect("readable"), "test", Value::Null, 0);
+    for u in &patch.updates {
+        info.tensors.push(TensorInfo {
+            name: u.tensor.clone(),
+            digest: digest_of(&whole, &u.tensor).expect("readable"),
+            rank: u.rank as u32,
+            retain_rank: 0,
+            norm: 1.0,
+            relative_norm: 0.1,
+            retain_fraction: 0.0,
+        });
+    }
+    patch.info = Some(info);
+    assert_ne!(
+        whole.digest().expect("readable"),
+        split.digest().expect("readable")
+    );
+    patch.check_base(&whole).expect("its own model");
+    patch.check_base(&split).expect("the same tensors");
+    let e = patch.check_base(&other).expect_err("another quantisation");
+    assert_eq!(e.exit_code(), 4);
+    assert!(e.to_string().contains(&name(2)), "{e}");
 }
 
 /// An adapter of another program for `blocks`, read back.
@@ -189,7 +229,7 @@ fn imatrix(path: &Path, blocks: std::ops::Range<usize>) {
 #[test]
 fn a_same_grid_merge_of_every_type_keeps_sizes_and_is_undone_split_and_not() {
     let types = types();
-    for count in [1, 3] {
+    for (count, refits) in [(1, 0), (3, 0), (3, 2)] {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let at = |name: &str| dir.path().join(name);
         let parts = model(dir.path(), &types, count);
@@ -203,7 +243,10 @@ fn a_same_grid_merge_of_every_type_keeps_sizes_and_is_undone_split_and_not() {
             &weights,
             &patches,
             &Calibration::Imatrix(moments),
-            &Options::default(),
+            &Options {
+                refits,
+                ..Options::default()
+            },
             dir.path(),
             &mut |_, _| {},
         )
@@ -241,6 +284,8 @@ fn a_same_grid_merge_of_every_type_keeps_sizes_and_is_undone_split_and_not() {
             .filter(|o| o.action.is_some())
             .count();
         assert_eq!(changed.tensors.len(), n_merged);
+        let scales = changed.tensors.iter().filter_map(|t| t.scale_bytes_changed);
+        assert_eq!(scales.sum::<u64>() > 0, refits > 0);
         let back = revert(&merged, &undo, &at("back.gguf"), false).expect("reverted");
         assert_eq!(digests(&back), before, "{count} parts");
     }
