@@ -63,6 +63,10 @@ pub enum Error {
     /// What a runtime refuses.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
+    /// A server that does not run.
+    #[cfg(feature = "serve")]
+    #[error(transparent)]
+    Serve(#[from] crate::serve::ServeError),
     /// A PEFT adapter that was refused.
     #[error(transparent)]
     Peft(#[from] PeftError),
@@ -242,6 +246,8 @@ impl Error {
             Self::Report(e) => e.exit_code(),
             Self::Runtime(e) => e.exit_code(),
             Self::Trust(e) => e.exit_code(),
+            #[cfg(feature = "serve")]
+            Self::Serve(e) => e.exit_code(),
             Self::Store(e) => e.exit_code(),
             Self::Proof(_) => 4,
             Self::Undo(UndoError::Io { .. }) => 6,

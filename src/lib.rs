@@ -76,6 +76,8 @@ pub mod rng;
 pub mod robustness;
 pub mod runtime;
 pub mod score;
+#[cfg(feature = "serve")]
+pub mod serve;
 pub mod sets;
 pub mod start;
 pub mod store;

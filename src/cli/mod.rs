@@ -22,6 +22,8 @@ mod revert;
 mod robustness;
 mod run;
 mod score;
+#[cfg(feature = "serve")]
+mod serve;
 mod subspace;
 mod train_ui;
 mod unlearn;
@@ -47,6 +49,8 @@ enum Command {
     Subspace(subspace::Subspace),
     Learn(learn::Learn),
     Run(run::Run),
+    #[cfg(feature = "serve")]
+    Serve(Box<serve::Serve>),
     Eval(Box<eval::Eval>),
     Score(score::Score),
     Robustness(Box<robustness::RobustnessArgs>),
@@ -73,6 +77,8 @@ impl Cli {
             Command::Subspace(c) => c.run(),
             Command::Learn(c) => c.run(),
             Command::Run(c) => c.run(),
+            #[cfg(feature = "serve")]
+            Command::Serve(c) => c.run(),
             Command::Eval(c) => c.run(),
             Command::Score(c) => c.run(),
             Command::Robustness(c) => c.run(),

@@ -324,6 +324,10 @@ pub struct ContextOptions {
     pub n_batch: u32,
     /// Sequences that can live side by side.
     pub n_seq_max: u32,
+    /// One cache for all sequences, whatever their lengths, in which they may share cells. Else
+    /// each has `n_ctx / n_seq_max` tokens to itself, rounded up to a multiple of 256, and what is
+    /// computed for it does not depend on what the others hold.
+    pub unified: bool,
     /// ggml threads.
     pub n_threads: usize,
     /// Fused attention. Off for traces and for parity with the training graph.
@@ -340,6 +344,7 @@ impl Default for ContextOptions {
             n_ctx: 512,
             n_batch: 512,
             n_seq_max: 1,
+            unified: true,
             n_threads: 1,
             flash_attn: false,
             kv_f32: false,
@@ -430,7 +435,7 @@ impl Context {
             p.n_threads = threads;
             p.n_threads_batch = threads;
             p.no_perf = true;
-            p.kv_unified = true;
+            p.kv_unified = options.unified;
             p.swa_full = false;
             p.flash_attn_type = if options.flash_attn {
                 c::LLAMA_FLASH_ATTN_TYPE_AUTO
@@ -491,6 +496,17 @@ impl Context {
     /// # Errors
     /// An adapter of another model, or llama.cpp's refusal.
     pub fn set_adapters(&mut self, adapters: &[(Arc<Adapter>, f32)]) -> Result<(), LlamaError> {
+        self.switch_adapters(adapters)?;
+        self.clear();
+        Ok(())
+    }
+
+    /// Replace the set of adapters and keep the KV cache: the caller knows which sequences were
+    /// computed under which set, and lets none go on under another.
+    ///
+    /// # Errors
+    /// As [`set_adapters`](Self::set_adapters).
+    pub fn switch_adapters(&mut self, adapters: &[(Arc<Adapter>, f32)]) -> Result<(), LlamaError> {
         if adapters
             .iter()
             .any(|(a, _)| !Arc::ptr_eq(&a.model.0, &self.model.0))
@@ -514,7 +530,6 @@ impl Context {
             return Err(LlamaError::Apply(format!("code {code}")));
         }
         self.adapters = adapters.to_vec();
-        self.clear();
         Ok(())
     }
 

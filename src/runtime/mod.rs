@@ -47,14 +47,18 @@
 mod error;
 mod session;
 mod set;
+mod text;
 
 pub use crate::patch::PatchId;
 pub use crate::score::{Finish, Sampling};
 pub use error::RuntimeError;
 pub use session::{Generate, Generation, Piece, Prompt, Score, Session};
 pub use set::{ActivePatch, ActiveSet};
+pub(crate) use session::{common_prefix, prompt_tokens};
+pub(crate) use text::take_text;
 
 use crate::data::Template;
+use crate::digest::Digest;
 use crate::error::Error;
 use crate::ggml::{Model, return_free_memory};
 use crate::model::OpenModel;
@@ -179,6 +183,15 @@ impl Runtime {
         &self.0.options
     }
 
+    /// SHA-256 of the model's file, or of all parts of a split one in order. The first call reads
+    /// all of it.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn digest(&self) -> Result<Digest, Error> {
+        self.0.open.weights.digest()
+    }
+
     /// The set that a call beginning now works under.
     pub fn active(&self) -> Arc<ActiveSet> {
         let set = self.0.set.read();
@@ -200,34 +213,55 @@ impl Runtime {
     /// not signed by the key that is required, or for another model; a patch too many; llama.cpp's refusal. The active set is then what it
     /// was.
     pub fn apply(&self, path: impl AsRef<Path>, scale: f32) -> Result<PatchId, Error> {
-        check_scale(scale)?;
-        let _alone = self.0.changing.lock();
-        let patch = self.take_in(path.as_ref(), scale)?;
-        let id = patch.id;
-        let mut patches = self.active().patches().to_vec();
-        match patches.iter().position(|p| p.id == id) {
-            Some(at) if patches[at].stored => return Err(RuntimeError::Stored { id }.into()),
-            Some(at) if patches[at].scale == scale => return Ok(id),
-            Some(at) => patches[at] = patch,
-            None => patches.push(patch),
-        }
-        self.put(patches)?;
-        Ok(id)
+        Ok(self.change(&[(path.as_ref(), scale)], &[])?[0])
     }
 
     /// Take back patch `id`.
     ///
     /// # Errors
-    /// [`RuntimeError::NotActive`].
+    /// [`RuntimeError::NotActive`], [`RuntimeError::Stored`].
     pub fn revoke(&self, id: PatchId) -> Result<(), Error> {
-        let _alone = self.0.changing.lock();
-        let mut patches = self.active().patches().to_vec();
-        match patches.iter().position(|p| p.id == id) {
-            None => return Err(RuntimeError::NotActive { id }.into()),
-            Some(at) if patches[at].stored => return Err(RuntimeError::Stored { id }.into()),
-            Some(at) => drop(patches.remove(at)),
+        self.change(&[], &[id]).map(drop)
+    }
+
+    /// Take back `revoked` and apply `applied`, patches with their scales, in one step: no call
+    /// sees a part of it. Returns the ids of `applied`.
+    ///
+    /// # Errors
+    /// As [`apply`](Self::apply) and [`revoke`](Self::revoke). The active set is then what it was.
+    pub fn change(
+        &self,
+        applied: &[(&Path, f32)],
+        revoked: &[PatchId],
+    ) -> Result<Vec<PatchId>, Error> {
+        for (_, scale) in applied {
+            check_scale(*scale)?;
         }
-        self.put(patches)
+        let _alone = self.0.changing.lock();
+        let before = self.active();
+        let mut patches = before.patches().to_vec();
+        for &id in revoked {
+            match patches.iter().position(|p| p.id == id) {
+                None => return Err(RuntimeError::NotActive { id }.into()),
+                Some(at) if patches[at].stored => return Err(RuntimeError::Stored { id }.into()),
+                Some(at) => drop(patches.remove(at)),
+            }
+        }
+        let mut ids = Vec::with_capacity(applied.len());
+        for &(path, scale) in applied {
+            let patch = self.take_in(path, scale)?;
+            let id = patch.id;
+            match patches.iter().position(|p| p.id == id) {
+                Some(at) if patches[at].stored => return Err(RuntimeError::Stored { id }.into()),
+                Some(at) => patches[at] = patch,
+                None => patches.push(patch),
+            }
+            ids.push(id);
+        }
+        if ActiveSet::digest_of(&patches) != before.digest() {
+            self.put(patches)?;
+        }
+        Ok(ids)
     }
 
     /// Bring the active set in line with the store, if there is one and it has changed. Every call

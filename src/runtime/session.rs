@@ -1,9 +1,9 @@
 //! One context: prompts in, text and probabilities out.
 
-use super::{ActiveSet, Runtime};
+use super::{ActiveSet, Runtime, take_text};
 use crate::data::{Message, Record, Role, Template, build_prompt, build_samples};
 use crate::error::Error;
-use crate::ggml::{Context, ContextOptions, Token};
+use crate::ggml::{Context, ContextOptions, Model, Token};
 use crate::score::{Finish, Sampling, generate_streaming, sequence_nll};
 use crate::train::loss::nll;
 use std::sync::Arc;
@@ -247,13 +247,7 @@ impl Session {
 
     /// Tokens to generate after.
     fn prompt(&self, prompt: Prompt<'_>) -> Result<Vec<Token>, Error> {
-        let (model, template) = (self.runtime.model(), self.runtime.template());
-        let tokens = match prompt {
-            Prompt::User(text) => build_prompt(&[user(text)], model, template)?,
-            Prompt::Chat(messages) => build_prompt(messages, model, template)?,
-            Prompt::Raw(text) => model.tokenize(text, true, true),
-            Prompt::Tokens(tokens) => tokens.to_vec(),
-        };
+        let tokens = prompt_tokens(&self.runtime, prompt)?;
         self.fits("prompt", tokens.len(), 1)?;
         Ok(tokens)
     }
@@ -311,57 +305,43 @@ impl Session {
     /// are. Until the caller notes it again, nothing is known of the cache.
     fn keep(&mut self, prompt: &[Token]) -> usize {
         let cached = std::mem::take(&mut self.cached);
-        let same = cached.iter().zip(prompt).take_while(|(a, b)| a == b);
-        // The last token's logits are needed.
-        let kept = same.count().min(prompt.len() - 1);
-        let model = self.runtime.model();
-        // A recurrent state has no positions to go back to, a sliding window may have lost them.
-        if kept == 0 || model.is_recurrent() || model.n_swa() > 0 {
-            self.context.clear();
-            return 0;
+        let kept = common_prefix(self.runtime.model(), &cached, prompt);
+        match kept {
+            0 => self.context.clear(),
+            _ => self.context.forget(0, kept as i32),
         }
-        self.context.forget(0, kept as i32);
         kept
     }
+}
+
+/// The tokens that `prompt` stands for.
+///
+/// # Errors
+/// A conversation that cannot be laid out.
+pub(crate) fn prompt_tokens(runtime: &Runtime, prompt: Prompt<'_>) -> Result<Vec<Token>, Error> {
+    let (model, template) = (runtime.model(), runtime.template());
+    Ok(match prompt {
+        Prompt::User(text) => build_prompt(&[user(text)], model, template)?,
+        Prompt::Chat(messages) => build_prompt(messages, model, template)?,
+        Prompt::Raw(text) => model.tokenize(text, true, true),
+        Prompt::Tokens(tokens) => tokens.to_vec(),
+    })
+}
+
+/// How many tokens of `cached`, a sequence's KV cache, serve `prompt`, which is not empty.
+pub(crate) fn common_prefix(model: &Model, cached: &[Token], prompt: &[Token]) -> usize {
+    // A recurrent state has no positions to go back to, a sliding window may have lost them.
+    if model.is_recurrent() || model.n_swa() > 0 {
+        return 0;
+    }
+    let same = cached.iter().zip(prompt).take_while(|(a, b)| a == b);
+    // The last token's logits are needed.
+    same.count().min(prompt.len() - 1)
 }
 
 fn user(text: &str) -> Message {
     Message {
         role: Role::User,
         content: text.to_owned(),
-    }
-}
-
-/// Take the whole characters off the front of `bytes`; what can never become one is replaced by
-/// U+FFFD, what may still become one stays.
-fn take_text(bytes: &mut Vec<u8>) -> String {
-    let mut text = String::new();
-    loop {
-        let (valid, bad) = match std::str::from_utf8(bytes) {
-            Ok(all) => (all.len(), None),
-            Err(e) => (e.valid_up_to(), e.error_len()),
-        };
-        text.push_str(&String::from_utf8_lossy(&bytes[..valid]));
-        bytes.drain(..valid + bad.unwrap_or(0));
-        match bad {
-            Some(_) => text.push(char::REPLACEMENT_CHARACTER),
-            None => return text,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn characters_come_whole() {
-        let mut bytes = "a\u{e9}".as_bytes()[..2].to_vec();
-        assert_eq!(take_text(&mut bytes), "a");
-        bytes.push(0xa9);
-        assert_eq!(take_text(&mut bytes), "\u{e9}");
-        bytes.extend([b'x', 0xff, b'y', 0xe2, 0x82]);
-        assert_eq!(take_text(&mut bytes), "x\u{fffd}y");
-        assert_eq!(bytes, [0xe2, 0x82]);
     }
 }

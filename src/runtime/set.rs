@@ -7,12 +7,14 @@
 //! set, not on when they came. A single patch is loaded as it stands.
 
 use crate::adapter::{Loaded, load_patch};
+use crate::digest::Digest;
 use crate::error::Error;
 use crate::ggml::Model;
 use crate::model::OpenModel;
 use crate::patch::delta::{Delta, deltas};
 use crate::patch::{Canary, Info, Intake, Patch, PatchId, Update};
 use crate::proof::{measure, same_effect};
+use sha2::{Digest as _, Sha256};
 use std::fmt;
 use std::sync::Arc;
 
@@ -35,14 +37,17 @@ pub struct ActivePatch {
 /// Patches that apply together. Never changes: a change of the runtime's patches makes a new set.
 pub struct ActiveSet {
     generation: u64,
+    digest: Digest,
     patches: Vec<ActivePatch>,
     adapters: Loaded,
 }
 
 impl ActiveSet {
-    pub(super) fn none() -> Self {
+    /// The set of no patches, which every runtime without a store begins with.
+    pub fn none() -> Self {
         Self {
             generation: 0,
+            digest: Self::digest_of(&[]),
             patches: Vec::new(),
             adapters: Vec::new(),
         }
@@ -80,9 +85,22 @@ impl ActiveSet {
         };
         Ok(Self {
             generation,
+            digest: Self::digest_of(&patches),
             patches,
             adapters,
         })
+    }
+
+    /// SHA-256 over ids and scales, in the order of the ids.
+    pub(super) fn digest_of(patches: &[ActivePatch]) -> Digest {
+        let mut patches: Vec<_> = patches.iter().map(|p| (p.id.0.0, p.scale)).collect();
+        patches.sort_by_key(|(id, _)| *id);
+        let mut hash = Sha256::new();
+        for (id, scale) in patches {
+            hash.update(id);
+            hash.update(scale.to_le_bytes());
+        }
+        Digest(hash.finalize().into())
     }
 
     /// Try what is new in it: every patch that `before` did not hold, alone, and several as one
@@ -123,6 +141,11 @@ impl ActiveSet {
     /// How many sets the runtime had before this one.
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+
+    /// Which patches at which scales: sets of the same digest compute the same.
+    pub fn digest(&self) -> Digest {
+        self.digest
     }
 
     /// Its patches, in the order of their ids.

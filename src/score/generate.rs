@@ -1,89 +1,9 @@
 //! Writing answers: greedy for many prompts at once, sampled and streamed for one.
 
 use super::N_PARALLEL;
+use super::sampling::{Finish, Sampling, Writer, argmax};
 use crate::error::Error;
 use crate::ggml::{Batch, Context, Token};
-use llama_cpp_2::sampling::LlamaSampler;
-use llama_cpp_2::token::LlamaToken;
-use llama_cpp_2::token::data::LlamaTokenData;
-use llama_cpp_2::token::data_array::LlamaTokenDataArray;
-
-/// Tokens the repetition penalty looks back on.
-const PENALTY_TOKENS: i32 = 64;
-
-/// How the next token is chosen; a temperature of 0 takes the likeliest.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Sampling {
-    /// Temperature.
-    pub temp: f32,
-    /// Keep the k likeliest tokens; 0: all.
-    pub top_k: i32,
-    /// Keep the likeliest tokens up to this probability in all; 1: all.
-    pub top_p: f32,
-    /// Keep tokens at least this likely relative to the likeliest; 0: all.
-    pub min_p: f32,
-    /// Penalty on repeating one of the last 64 tokens; 1: none.
-    pub repeat_penalty: f32,
-    /// Seed.
-    pub seed: u32,
-}
-
-impl Default for Sampling {
-    fn default() -> Self {
-        Self {
-            temp: 0.0,
-            top_k: 40,
-            top_p: 0.95,
-            min_p: 0.05,
-            repeat_penalty: 1.0,
-            seed: 42,
-        }
-    }
-}
-
-/// llama.cpp's sampler chain, or none for greedy.
-fn sampler(s: &Sampling, n_vocab: usize) -> Option<LlamaSampler> {
-    let mut chain = Vec::new();
-    if s.repeat_penalty != 1.0 {
-        chain.push(LlamaSampler::penalties(
-            n_vocab as i32,
-            PENALTY_TOKENS,
-            s.repeat_penalty,
-            0.0,
-            0.0,
-        ));
-    }
-    if s.temp <= 0.0 {
-        if chain.is_empty() {
-            return None;
-        }
-        chain.push(LlamaSampler::greedy());
-    } else {
-        if s.top_k > 0 {
-            chain.push(LlamaSampler::top_k(s.top_k));
-        }
-        chain.push(LlamaSampler::top_p(s.top_p, 1));
-        chain.push(LlamaSampler::min_p(s.min_p, 1));
-        chain.push(LlamaSampler::temp(s.temp));
-        chain.push(LlamaSampler::dist(s.seed));
-    }
-    Some(LlamaSampler::chain(chain, true))
-}
-
-/// Let `sampler` choose from a row of logits.
-fn choose(sampler: &mut LlamaSampler, row: &[f32]) -> Token {
-    let data = row
-        .iter()
-        .enumerate()
-        .map(|(i, &v)| LlamaTokenData::new(LlamaToken(i as i32), v, 0.0));
-    let mut candidates = LlamaTokenDataArray::from_iter(data, false);
-    sampler.apply(&mut candidates);
-    let token = candidates
-        .selected_token()
-        .map_or_else(|| argmax(row), |t| t.0);
-    sampler.accept(LlamaToken(token));
-    token
-}
 
 struct Running {
     prompt: usize,
@@ -224,31 +144,6 @@ fn common_opening(prompts: &[Vec<Token>]) -> usize {
         .fold(first.len().saturating_sub(1), usize::min)
 }
 
-/// The first of the largest values: ties do not depend on the order of threads.
-fn argmax(row: &[f32]) -> Token {
-    let mut best = 0;
-    for (i, v) in row.iter().enumerate() {
-        if *v > row[best] {
-            best = i;
-        }
-    }
-    best as Token
-}
-
-/// Why a generation ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Finish {
-    /// The model ended its answer.
-    End,
-    /// As many tokens as were asked for.
-    Length,
-    /// The context is full.
-    Room,
-    /// Whoever reads it had enough.
-    Stopped,
-}
-
 /// Generate after `prompt`, of which sequence 0 holds the first `kept` tokens (below all of them)
 /// and nothing else. `each` gets every token with the logits `[n_vocab]` it was chosen from, and
 /// returns false to stop. Returns the tokens; the context then holds the prompt and all of them
@@ -264,23 +159,17 @@ pub fn generate_streaming(
     sampling: &Sampling,
     each: &mut dyn FnMut(Token, &[f32]) -> bool,
 ) -> Result<(Vec<Token>, Finish), Error> {
-    let mut sampler = sampler(sampling, context.model().n_vocab());
+    let mut writer = Writer::new(context.model(), sampling, max_tokens);
     let mut row = prefill(context, prompt, kept, 0)?;
     let mut out = Vec::new();
     for pos in prompt.len().. {
         let logits = context
             .logits(row)
             .expect("the last token's were asked for");
-        let next = match &mut sampler {
-            Some(sampler) => choose(sampler, logits),
-            None => argmax(logits),
+        let next = match writer.next(logits) {
+            Ok(next) => next,
+            Err(finish) => return Ok((out, finish)),
         };
-        if context.model().is_end(next) {
-            return Ok((out, Finish::End));
-        }
-        if out.len() >= max_tokens {
-            return Ok((out, Finish::Length));
-        }
         out.push(next);
         if !each(next, logits) {
             return Ok((out, Finish::Stopped));

@@ -7,15 +7,17 @@ mod choice;
 mod generate;
 mod losses;
 mod privacy;
+mod sampling;
 mod set_scores;
 mod shared;
 pub mod tofu;
 mod tofu_partial;
 
 pub use choice::{Answered, answer_choices};
-pub use generate::{Finish, Sampling, generate_greedy, generate_streaming};
+pub use generate::{generate_greedy, generate_streaming};
 pub use losses::{answer_losses, answer_rows, perplexity, sequence_nll};
 pub use privacy::{Measured, Privacy, PrivacyLogError, Retain, Sets, measure_privacy};
+pub use sampling::{Finish, Sampling, Writer};
 pub use set_scores::{Mean, SetScores};
 pub use shared::shared_losses;
 

@@ -1,0 +1,436 @@
+//! Continuous batching: one thread, one llama.cpp context, a slot for each text being written.
+//!
+//! A turn gives every waiting text a free slot, then runs one batch for each set of patches that
+//! texts are written under: a token for every text of that set, and as much of its prompts as the
+//! batch still takes. The context's adapters are changed between the batches of different sets,
+//! and only then, so that every KV cell of a slot is computed under the set its text began with
+//! and a text ends under that set, whatever is applied or revoked meanwhile.
+//!
+//! A slot keeps its KV cache: the next text of the same set that begins alike goes on from there.
+
+use super::job::{Chosen, Event, Job, Message, Piece};
+use super::metrics::Metrics;
+use super::text::Text;
+use crate::digest::Digest;
+use crate::error::Error;
+use crate::ggml::{Batch, Context, ContextOptions, Model, Token};
+use crate::runtime::{ActiveSet, Finish, Runtime, common_prefix};
+use crate::score::Writer;
+use crate::train::loss::nll;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+
+/// Tokens per decode.
+const N_BATCH: u32 = 512;
+/// Logits read of one batch, bytes.
+const LOGIT_BYTES: usize = 32 << 20;
+
+/// A sequence of the context.
+struct Slot {
+    /// Tokens of it in the KV cache.
+    cached: Vec<Token>,
+    /// The set they were computed under.
+    key: Digest,
+    /// Turn in which it was last used.
+    used: u64,
+    running: Option<Running>,
+}
+
+/// A text that is being written.
+struct Running {
+    model: Model,
+    job: Job,
+    set: Arc<ActiveSet>,
+    writer: Writer,
+    text: Text,
+    /// The token that was chosen and not yet computed; none while the prompt is computed.
+    next: Option<Token>,
+    n_tokens: usize,
+    /// The prompt's tokens, as far as they are scored.
+    scored: Vec<Chosen>,
+}
+
+pub(super) struct Engine {
+    runtime: Runtime,
+    context: Context,
+    slots: Vec<Slot>,
+    waiting: VecDeque<Job>,
+    inbox: Receiver<Message>,
+    /// The set the context was last given.
+    applied: Digest,
+    turn: u64,
+    metrics: Arc<Metrics>,
+}
+
+impl Engine {
+    /// With `n_slots` slots of the runtime's context length each.
+    ///
+    /// # Errors
+    /// When llama.cpp has no memory for the context.
+    pub(super) fn new(
+        runtime: Runtime,
+        n_slots: usize,
+        inbox: Receiver<Message>,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, Error> {
+        let options = runtime.options();
+        let context = Context::new(
+            runtime.model(),
+            ContextOptions {
+                n_ctx: options.n_ctx.saturating_mul(n_slots as u32),
+                n_batch: N_BATCH,
+                n_seq_max: n_slots as u32,
+                unified: false,
+                n_threads: options.n_threads,
+                flash_attn: true,
+                ..ContextOptions::default()
+            },
+        )?;
+        let applied = ActiveSet::none().digest();
+        let slot = || Slot {
+            cached: Vec::new(),
+            key: applied,
+            used: 0,
+            running: None,
+        };
+        Ok(Self {
+            context,
+            slots: (0..n_slots).map(|_| slot()).collect(),
+            waiting: VecDeque::new(),
+            inbox,
+            applied,
+            turn: 0,
+            metrics,
+            runtime,
+        })
+    }
+
+    /// Work until told to stop.
+    pub(super) fn run(mut self) {
+        while self.receive() {
+            self.turn += 1;
+            self.drop_abandoned();
+            self.admit();
+            self.report();
+            for set in self.sets() {
+                self.advance(&set);
+            }
+        }
+    }
+
+    /// Take in what has come, waiting for it when there is nothing to do; false: stop.
+    fn receive(&mut self) -> bool {
+        let is_idle = self.waiting.is_empty() && self.slots.iter().all(|s| s.running.is_none());
+        if is_idle {
+            self.report();
+            let goes_on = self.inbox.recv().is_ok_and(|message| self.take(message));
+            if !goes_on {
+                return false;
+            }
+        }
+        loop {
+            let goes_on = match self.inbox.try_recv() {
+                Ok(message) => self.take(message),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => false,
+            };
+            if !goes_on {
+                return false;
+            }
+        }
+    }
+
+    fn take(&mut self, message: Message) -> bool {
+        match message {
+            Message::Job(job) => self.waiting.push_back(job),
+            Message::Stop => return false,
+            // A replaced set lives as long as the context is set to it.
+            Message::Changed if self.slots.iter().all(|s| s.running.is_none()) => {
+                // A refusal shows when the set is next used.
+                let _ = self.apply(&self.runtime.active());
+            }
+            Message::Changed => {}
+        }
+        true
+    }
+
+    /// Forget texts whose clients have gone.
+    fn drop_abandoned(&mut self) {
+        self.waiting.retain(|job| !job.events.is_closed());
+        for slot in &mut self.slots {
+            slot.running.take_if(|r| r.job.events.is_closed());
+        }
+    }
+
+    /// Give waiting texts free slots, first come, first served.
+    fn admit(&mut self) {
+        while let Some(job) = self.waiting.pop_front() {
+            let set = job.under.set.get_or_init(|| match job.under.unpatched {
+                true => Arc::new(ActiveSet::none()),
+                false => self.runtime.active(),
+            });
+            let (set, key) = (set.clone(), set.digest());
+            let model = self.runtime.model();
+            let kept = |slot: &Slot| match slot.key == key && !job.score_prompt {
+                true => common_prefix(model, &slot.cached, &job.prompt),
+                false => 0,
+            };
+            let free = (0..self.slots.len()).filter(|&i| self.slots[i].running.is_none());
+            // Of those that serve equally well, the one unused for longest.
+            let best = free
+                .map(|i| (kept(&self.slots[i]), u64::MAX - self.slots[i].used, i))
+                .max();
+            let Some((mut n_kept, _, at)) = best else {
+                self.waiting.push_front(job);
+                return;
+            };
+            if !self.runtime.options().keep_cache {
+                n_kept = 0;
+            }
+            self.context.forget(at as i32, n_kept as i32);
+            self.metrics.prompt_tokens.inc_by(job.prompt.len() as u64);
+            self.metrics.kept_tokens.inc_by(n_kept as u64);
+            let slot = &mut self.slots[at];
+            slot.cached.truncate(n_kept);
+            slot.key = key;
+            let begun = Event::Started {
+                set: set.clone(),
+                n_kept,
+            };
+            // A client that has gone is noticed at the next turn.
+            let _ = job.events.send((job.index, begun));
+            slot.running = Some(Running {
+                model: model.clone(),
+                writer: Writer::new(model, &job.sampling, job.max_tokens),
+                text: Text::new(job.stops.clone()),
+                next: None,
+                n_tokens: 0,
+                scored: Vec::new(),
+                set,
+                job,
+            });
+        }
+    }
+
+    /// The sets that texts are being written under.
+    fn sets(&self) -> Vec<Arc<ActiveSet>> {
+        let mut sets: Vec<Arc<ActiveSet>> = Vec::new();
+        for running in self.slots.iter().filter_map(|s| s.running.as_ref()) {
+            if sets.iter().all(|s| s.digest() != running.set.digest()) {
+                sets.push(running.set.clone());
+            }
+        }
+        sets
+    }
+
+    /// One batch for the texts of `set`.
+    fn advance(&mut self, set: &ActiveSet) {
+        let (mut batch, rows, members) = self.batch(set.digest());
+        if batch.is_empty() {
+            return;
+        }
+        let done = self.apply(set).and_then(|()| {
+            self.metrics.batches.inc();
+            Ok(self.context.decode(&mut batch)?)
+        });
+        if let Err(e) = done {
+            for at in members {
+                let slot = &mut self.slots[at];
+                slot.cached.clear();
+                self.context.forget(at as i32, 0);
+                if let Some(running) = slot.running.take() {
+                    running.tell(Event::Failed(e.to_string()));
+                }
+            }
+            return;
+        }
+        let n_ctx = self.runtime.options().n_ctx as usize;
+        for (at, row, from) in rows {
+            let logits = self.context.logits(row).expect("asked for");
+            let slot = &mut self.slots[at];
+            let Some(running) = &mut slot.running else {
+                continue;
+            };
+            let is_last = from == slot.cached.len();
+            if !running.read(logits, from, is_last, n_ctx, &self.metrics) {
+                slot.running = None;
+            }
+        }
+    }
+
+    /// Have the context compute under `set`.
+    fn apply(&mut self, set: &ActiveSet) -> Result<(), Error> {
+        if self.applied != set.digest() {
+            self.context.switch_adapters(set.adapters())?;
+            self.applied = set.digest();
+            self.metrics.switches.inc();
+        }
+        Ok(())
+    }
+
+    /// A batch of the texts under the set `key`; whose logits its rows are, each as slot, row and
+    /// how many tokens of the slot they follow; the slots in it.
+    fn batch(&mut self, key: Digest) -> (Batch, Vec<(usize, usize, usize)>, Vec<usize>) {
+        let n_vocab = self.runtime.model().n_vocab();
+        let mut rows_left = (LOGIT_BYTES / (4 * n_vocab)).max(self.slots.len());
+        let (mut batch, mut rows, mut members) = (Batch::default(), Vec::new(), Vec::new());
+        // What is being written goes first: a long prompt delays it by one batch at most.
+        for generating in [true, false] {
+            for (at, slot) in self.slots.iter_mut().enumerate() {
+                let Some(running) = &slot.running else {
+                    continue;
+                };
+                if slot.key != key || running.next.is_some() != generating {
+                    continue;
+                }
+                let prompt = &running.job.prompt;
+                let ahead = match &running.next {
+                    Some(next) => std::slice::from_ref(next),
+                    None => &prompt[slot.cached.len()..],
+                };
+                let scores = running.job.score_prompt && !generating;
+                let mut n = ahead.len().min(self.context.n_batch() - batch.len());
+                if scores {
+                    n = n.min(rows_left);
+                }
+                for &token in &ahead[..n] {
+                    let pos = slot.cached.len();
+                    let want = scores || pos + 1 >= prompt.len();
+                    if want {
+                        rows_left = rows_left.saturating_sub(1);
+                        rows.push((at, batch.len(), pos + 1));
+                    }
+                    batch.push(token, pos as i32, at as i32, want);
+                    slot.cached.push(token);
+                }
+                if n > 0 {
+                    slot.used = self.turn;
+                    members.push(at);
+                }
+            }
+        }
+        (batch, rows, members)
+    }
+
+    fn report(&self) {
+        let active = self.slots.iter().filter(|s| s.running.is_some()).count();
+        self.metrics.active.set(active as i64);
+        self.metrics.waiting.set(self.waiting.len() as i64);
+    }
+}
+
+impl Running {
+    /// Go on from `logits`, which follow the first `n` tokens; `is_last`: nothing else does.
+    /// False when the text is over.
+    fn read(
+        &mut self,
+        logits: &[f32],
+        n: usize,
+        is_last: bool,
+        n_ctx: usize,
+        metrics: &Metrics,
+    ) -> bool {
+        let model = &self.model.clone();
+        if self.job.score_prompt && n <= self.job.prompt.len() {
+            if n == 1 {
+                self.scored.push(Chosen {
+                    bytes: model.piece(self.job.prompt[0], false),
+                    logprob: None,
+                    top: Vec::new(),
+                });
+            }
+            match self.job.prompt.get(n) {
+                Some(&token) => {
+                    let top = self.job.top.unwrap_or(0);
+                    self.scored.push(chosen(model, logits, token, top));
+                }
+                None => {
+                    let scored = std::mem::take(&mut self.scored);
+                    self.tell(Event::Prompt(scored));
+                }
+            }
+        }
+        if !is_last || n < self.job.prompt.len() {
+            return true;
+        }
+        let token = match self.writer.next(logits) {
+            Ok(token) => token,
+            Err(finish) => {
+                let rest = self.text.finish();
+                self.over(rest, finish, metrics);
+                return false;
+            }
+        };
+        if self.n_tokens == 0 {
+            let took = self.job.accepted.elapsed();
+            metrics.first_token.observe(took.as_secs_f64());
+        }
+        self.n_tokens += 1;
+        metrics.generated_tokens.inc();
+        let top = self.job.top;
+        let chosen = top.map(|top| chosen(model, logits, token, top));
+        let (mut piece, is_stop) = self.text.push(&model.piece(token, false), chosen);
+        if is_stop {
+            self.over(piece, Finish::Stopped, metrics);
+            return false;
+        }
+        if n + 1 >= n_ctx {
+            let rest = self.text.finish();
+            piece.text += &rest.text;
+            piece.tokens.extend(rest.tokens);
+            self.over(piece, Finish::Room, metrics);
+            return false;
+        }
+        if !piece.is_empty() {
+            self.tell(Event::Piece(piece));
+        }
+        self.next = Some(token);
+        true
+    }
+
+    fn over(&self, rest: Piece, finish: Finish, metrics: &Metrics) {
+        if !rest.is_empty() {
+            self.tell(Event::Piece(rest));
+        }
+        let took = self.job.accepted.elapsed();
+        metrics.answer.observe(took.as_secs_f64());
+        self.tell(Event::Done {
+            finish,
+            n_tokens: self.n_tokens,
+        });
+    }
+
+    /// A client that has gone is noticed at the next turn.
+    fn tell(&self, event: Event) {
+        let _ = self.job.events.send((self.job.index, event));
+    }
+}
+
+/// `token` with its log-probability in `logits [n_vocab]` and those of the `top` likeliest.
+fn chosen(model: &Model, logits: &[f32], token: Token, top: usize) -> Chosen {
+    let logprob = -nll(logits, token);
+    // log p = logit − log Σ exp, the same for every token.
+    let log_sum = f64::from(logits[token as usize]) - logprob;
+    let mut order: Vec<Token> = (0..logits.len() as Token).collect();
+    let by_logit = |a: &Token, b: &Token| {
+        let (a, b) = (*a as usize, *b as usize);
+        logits[b].total_cmp(&logits[a]).then(a.cmp(&b))
+    };
+    let top = top.min(order.len());
+    if top > 0 {
+        order.select_nth_unstable_by(top - 1, by_logit);
+    }
+    order.truncate(top);
+    order.sort_unstable_by(by_logit);
+    let named = |t: Token| {
+        let logprob = f64::from(logits[t as usize]) - log_sum;
+        (model.piece(t, true), logprob)
+    };
+    Chosen {
+        // As in the text, where control tokens are not seen.
+        bytes: model.piece(token, false),
+        logprob: Some(logprob),
+        top: order.into_iter().map(named).collect(),
+    }
+}
