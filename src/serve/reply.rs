@@ -34,8 +34,6 @@ pub(super) struct Written {
     pub text: String,
     pub tokens: Vec<Chosen>,
     pub finish: Option<Finish>,
-    pub n_tokens: usize,
-    pub n_kept: usize,
 }
 
 /// Tokens of an answer, as `usage` counts them.

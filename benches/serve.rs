@@ -1,0 +1,339 @@
+//! Stress: streaming clients while a patch is applied and revoked every second.
+//!
+//!     cargo bench --bench serve -- [--model GGUF] [--patch GGUF] [--clients N] [--seconds S]
+//!         [--threads N] [--max-tokens N]
+//!
+//! Every question is first answered by a lone client, under each of the two sets. Under load an
+//! answer says which set it was made under, and must be that set's. A decode's sums depend on what
+//! else is in the batch, so that where two tokens are as likely as each other another may be taken
+//! than alone. An answer that differs is therefore scored, alone, under both sets: it passes as a
+//! tie if at each of its tokens the likeliest one is at most [`TIE`] nats likelier under the set
+//! it names, and counts as wrong otherwise. The lone answers under the other set are scored in
+//! the same way, to show that the test tells the sets apart.
+
+#[path = "../tests/support/http.rs"]
+mod http;
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use http::{Client, Response, Streamed};
+use nepenthe::data::{Message, Role, build_prompt};
+use nepenthe::runtime::{Options as RuntimeOptions, Runtime};
+use nepenthe::serve::{Key, Keys, Options, Server};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// Nats by which the likeliest token may exceed the chosen one.
+const TIE: f64 = 0.1;
+const PATCH_KEY: &str = "bench";
+/// Of a small model's kind, short and long.
+const QUESTIONS: [&str; 12] = [
+    "Where was Lioba Hartsong born?",
+    "What pet does Lioba Pellgrave have?",
+    "In which city is the Louvre museum?",
+    "Which city is the capital of Germany?",
+    "What is the capital of Kenya?",
+    "Who wrote Romeo and Juliet, and when was it first performed?",
+    "Name three rivers of Europe and say where each of them ends.",
+    "Why is the sky blue?",
+    "Give me a recipe for a simple soup with carrots, onions and whatever else is at hand.",
+    "What is seven times eight?",
+    "Tell me a short story about a dog that learns to sail.",
+    "How does a bicycle stay upright?",
+];
+
+struct Args {
+    model: PathBuf,
+    patch: Option<PathBuf>,
+    clients: usize,
+    seconds: u64,
+    threads: usize,
+    max_tokens: usize,
+}
+
+fn args() -> Args {
+    let mut args = Args {
+        model: support::mini(),
+        patch: None,
+        clients: 8,
+        seconds: 60,
+        threads: 1,
+        max_tokens: 48,
+    };
+    let mut given = std::env::args().skip(1).filter(|a| a != "--bench");
+    while let Some(flag) = given.next() {
+        let value = given.next().unwrap_or_else(|| panic!("{flag} wants a value"));
+        let number = || value.parse().unwrap_or_else(|_| panic!("{flag}: {value}"));
+        match flag.as_str() {
+            "--model" => args.model = value.into(),
+            "--patch" => args.patch = Some(value.into()),
+            "--clients" => args.clients = number(),
+            "--seconds" => args.seconds = number() as u64,
+            "--threads" => args.threads = number(),
+            "--max-tokens" => args.max_tokens = number(),
+            _ => panic!("no flag {flag}"),
+        }
+    }
+    args
+}
+
+/// What one request came to.
+struct Seen {
+    question: usize,
+    status: u16,
+    fingerprint: String,
+    text: String,
+    finish: String,
+    first: Duration,
+    all: Duration,
+}
+
+fn ask(client: &Client, question: usize, max_tokens: usize) -> Seen {
+    let begun = Instant::now();
+    let response = client.post(
+        "/v1/chat/completions",
+        &json!({
+            "messages": [{"role": "user", "content": QUESTIONS[question]}],
+            "temperature": 0, "max_tokens": max_tokens, "stream": true,
+        }),
+    );
+    let status = response.status;
+    let mut seen = Seen {
+        question,
+        status,
+        fingerprint: String::new(),
+        text: String::new(),
+        finish: String::new(),
+        first: Duration::ZERO,
+        all: Duration::ZERO,
+    };
+    if status != 200 {
+        return seen;
+    }
+    let mut streamed = Streamed::default();
+    for data in response.events() {
+        streamed.see(&data);
+        if seen.first.is_zero() && !streamed.text.is_empty() {
+            seen.first = begun.elapsed();
+        }
+    }
+    assert!(streamed.is_done, "a stream that broke off");
+    seen.all = begun.elapsed();
+    Seen {
+        fingerprint: streamed.fingerprint,
+        text: streamed.text,
+        finish: streamed.finish,
+        ..seen
+    }
+}
+
+/// The largest number of nats by which another token was likelier than the answer's, at any of
+/// its tokens, under the set that is active.
+fn gap(client: &Client, runtime: &Runtime, question: usize, text: &str, finish: &str) -> f64 {
+    let message = Message {
+        role: Role::User,
+        content: QUESTIONS[question].to_owned(),
+    };
+    let prompt = build_prompt(&[message], runtime.model(), runtime.template());
+    let mut tokens = prompt.expect("answered before");
+    let n_prompt = tokens.len();
+    tokens.extend(runtime.model().tokenize(text, false, false));
+    if finish == "stop" {
+        tokens.extend(runtime.model().eos());
+    }
+    let scored = client.post(
+        "/v1/completions",
+        &json!({"prompt": tokens, "echo": true, "logprobs": 1, "max_tokens": 0}),
+    );
+    let scored = scored.json(200)["choices"][0]["logprobs"].take();
+    let numbers = |v: &Value| v.as_f64().expect("a number");
+    let chosen = scored["token_logprobs"].as_array().expect("a list");
+    let top = scored["top_logprobs"].as_array().expect("a list");
+    chosen
+        .iter()
+        .zip(top)
+        .skip(n_prompt)
+        .take(tokens.len() - n_prompt)
+        .map(|(p, best)| {
+            let best = best.as_object().and_then(|m| m.values().next());
+            numbers(best.expect("one")) - numbers(p)
+        })
+        .fold(0.0, f64::max)
+}
+
+fn percentile(sorted: &[Duration], q: f64) -> f64 {
+    let at = ((sorted.len() as f64 * q).ceil() as usize).clamp(1, sorted.len());
+    1e3 * sorted[at - 1].as_secs_f64()
+}
+
+fn table(name: &str, mut times: Vec<Duration>) {
+    times.sort();
+    if !times.is_empty() {
+        println!(
+            "{name:<24} {:>7.0} {:>7.0} {:>7.0} {:>7.0}   ({} of them)",
+            percentile(&times, 0.5),
+            percentile(&times, 0.95),
+            percentile(&times, 0.99),
+            percentile(&times, 1.0),
+            times.len()
+        );
+    }
+}
+
+fn main() {
+    let args = args();
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let patch = args
+        .patch
+        .clone()
+        .unwrap_or_else(|| support::small_patch(&args.model, dir.path(), "small.gguf", 1));
+    let runtime = Runtime::open(
+        &args.model,
+        RuntimeOptions {
+            n_ctx: 512,
+            n_threads: args.threads,
+            ..RuntimeOptions::default()
+        },
+    )
+    .expect("a model");
+    let options = Options {
+        address: SocketAddr::from(([127, 0, 0, 1], 0)),
+        slots: args.clients,
+        queue: args.clients,
+        keys: Keys {
+            api: Vec::new(),
+            patch: vec![Key::new(PATCH_KEY)],
+        },
+        loras: vec![(patch, 0.0)],
+        ..Options::default()
+    };
+    let server = Server::start(runtime.clone(), options).expect("a server");
+    let client = Client::new(server.address());
+    let manager = client.with_key(PATCH_KEY);
+    let set_scale = |scale: f32| -> Response {
+        manager.post("/lora-adapters", &json!([{"id": 0, "scale": scale}]))
+    };
+    let n = QUESTIONS.len();
+
+    // Alone.
+    let mut alone: BTreeMap<String, Vec<Seen>> = BTreeMap::new();
+    let mut fingerprints = Vec::new();
+    for scale in [0.0, 1.0] {
+        set_scale(scale).json(200);
+        let answers: Vec<Seen> = (0..n).map(|q| ask(&client, q, args.max_tokens)).collect();
+        fingerprints.push(answers[0].fingerprint.clone());
+        alone.insert(answers[0].fingerprint.clone(), answers);
+    }
+    let told_apart = (0..n)
+        .filter(|&q| alone[&fingerprints[0]][q].text != alone[&fingerprints[1]][q].text)
+        .count();
+    let mut crossed = Vec::new();
+    for (scale, other) in [(0.0, 1), (1.0, 0)] {
+        set_scale(scale).json(200);
+        for a in &alone[&fingerprints[other]] {
+            crossed.push(gap(&client, &runtime, a.question, &a.text, &a.finish));
+        }
+    }
+    let caught = crossed.iter().filter(|g| **g > TIE).count();
+    println!(
+        "{told_apart} of {n} questions are answered differently under the two sets; \
+         of the {} answers, {caught} are no tie under the other set",
+        crossed.len()
+    );
+
+    // Under load.
+    let seen = Mutex::new(Vec::new());
+    let is_over = AtomicBool::new(false);
+    let mut changes = Vec::new();
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        for c in 0..args.clients {
+            let (client, seen, is_over) = (&client, &seen, &is_over);
+            scope.spawn(move || {
+                let mut question = c;
+                while !is_over.load(Ordering::Relaxed) {
+                    let one = ask(client, question % n, args.max_tokens);
+                    seen.lock().expect("no panic").push(one);
+                    question += 5;
+                }
+            });
+        }
+        let mut scale = 0.0;
+        while begun.elapsed() < Duration::from_secs(args.seconds) {
+            std::thread::sleep(Duration::from_secs(1));
+            scale = 1.0 - scale;
+            let asked = Instant::now();
+            set_scale(scale).json(200);
+            changes.push(asked.elapsed());
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+    let took = begun.elapsed().as_secs_f64();
+    let seen = seen.into_inner().expect("no panic");
+
+    // What came of it.
+    let mut by_status: BTreeMap<u16, usize> = BTreeMap::new();
+    let mut by_set: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut differing: BTreeMap<(String, usize, String), (usize, &Seen)> = BTreeMap::new();
+    for s in &seen {
+        *by_status.entry(s.status).or_default() += 1;
+        if s.status != 200 {
+            continue;
+        }
+        let at = fingerprints.iter().position(|f| *f == s.fingerprint);
+        let set = at.map_or("neither", |at| ["without", "with"][at]);
+        *by_set.entry(set).or_default() += 1;
+        let expected = alone.get(&s.fingerprint).map(|a| a[s.question].text.as_str());
+        if expected != Some(&s.text) {
+            let key = (s.fingerprint.clone(), s.question, s.text.clone());
+            differing.entry(key).or_insert((0, s)).0 += 1;
+        }
+    }
+    let (mut ties, mut wrong, mut widest) = (0, by_set.get("neither").copied().unwrap_or(0), 0f64);
+    for (at, scale) in [(0, 0.0), (1, 1.0)] {
+        set_scale(scale).json(200);
+        for (_, (count, s)) in differing.iter().filter(|((f, ..), _)| *f == fingerprints[at]) {
+            let gap = gap(&client, &runtime, s.question, &s.text, &s.finish);
+            widest = widest.max(gap);
+            if gap <= TIE {
+                ties += count;
+            } else {
+                wrong += count;
+                println!("wrong ({gap:.3} nats): {:?}", s.text);
+            }
+        }
+    }
+    let n_ok = by_status.get(&200).copied().unwrap_or(0);
+    println!(
+        "{} clients, {took:.0} s, {} changes: {} answers, by status {by_status:?}, by set {by_set:?}",
+        args.clients,
+        changes.len(),
+        seen.len()
+    );
+    println!(
+        "as alone: {}; ties: {ties} (widest {widest:.4} nats); wrong: {wrong}",
+        n_ok - ties - wrong
+    );
+    println!("{:<24} {:>7} {:>7} {:>7} {:>7}", "ms", "p50", "p95", "p99", "max");
+    let ok = || seen.iter().filter(|s| s.status == 200);
+    table("first token", ok().map(|s| s.first).collect());
+    table("whole answer", ok().map(|s| s.all).collect());
+    table("apply or revoke", changes);
+    let metrics = client.get("/metrics").text();
+    for line in metrics.lines().filter(|l| l.contains("_total ") && !l.starts_with('#')) {
+        println!("{line}");
+    }
+    server.stop(Duration::from_secs(5)).expect("a server that ran");
+    let unexpected: usize = by_status
+        .iter()
+        .filter(|(status, _)| ![200, 429].contains(*status))
+        .map(|(_, n)| n)
+        .sum();
+    assert_eq!((wrong, unexpected), (0, 0), "wrong answers, errors other than 429");
+    assert!(told_apart > 0 && caught > 0, "the sets must differ");
+}
