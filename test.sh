@@ -5,6 +5,15 @@ cd "$(dirname "$0")"
 . .ci/setup
 # The tests on real models; they skip, saying so, when the models cannot be had.
 models/fetch.sh || echo "test: the real models are not at hand; their tests will skip" >&2
+# The server's test with OpenAI's client, likewise.
+if [ -z "${NEPENTHE_TEST_PYTHON:-}" ]; then
+    if NEPENTHE_TEST_PYTHON=$(.ci/openai); then
+        export NEPENTHE_TEST_PYTHON
+    else
+        unset NEPENTHE_TEST_PYTHON
+        echo "test: OpenAI's client is not at hand; its test will skip" >&2
+    fi
+fi
 cargo fmt --all --check
 cargo clippy --release --workspace --all-targets -- -D warnings
 if command -v cargo-nextest >/dev/null; then

@@ -35,7 +35,12 @@ pub struct Serve {
     #[arg(long, default_value_t = 8080)]
     port: u16,
     /// Context length in tokens, of each slot
-    #[arg(short, long = "ctx-size", visible_alias = "ctx", default_value_t = 2048)]
+    #[arg(
+        short,
+        long = "ctx-size",
+        visible_alias = "ctx",
+        default_value_t = 2048
+    )]
     ctx_size: u32,
     /// Texts written side by side
     #[arg(long, visible_alias = "parallel", default_value_t = 4)]
@@ -56,13 +61,23 @@ pub struct Serve {
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     read_timeout: u64,
     /// Key wanted for everything but /health (others see it in the process list: better a file)
-    #[arg(long, value_name = "KEY", env = "NEPENTHE_API_KEY", hide_env_values = true)]
+    #[arg(
+        long,
+        value_name = "KEY",
+        env = "NEPENTHE_API_KEY",
+        hide_env_values = true
+    )]
     api_key: Option<String>,
     /// File with such keys, one a line
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
     /// Key wanted for changing patches; without one they are not changed over HTTP
-    #[arg(long, value_name = "KEY", env = "NEPENTHE_PATCH_KEY", hide_env_values = true)]
+    #[arg(
+        long,
+        value_name = "KEY",
+        env = "NEPENTHE_PATCH_KEY",
+        hide_env_values = true
+    )]
     patch_key: Option<String>,
     /// File with such keys, one a line
     #[arg(long, value_name = "FILE")]

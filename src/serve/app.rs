@@ -87,7 +87,11 @@ impl App {
     /// A name for the next answer.
     pub(super) fn answer_id(&self, prefix: &str) -> String {
         let n = self.n_requests.fetch_add(1, Ordering::Relaxed);
-        format!("{prefix}-{}-{:x}{n:06x}", self.model_digest.short(), self.started)
+        format!(
+            "{prefix}-{}-{:x}{n:06x}",
+            self.model_digest.short(),
+            self.started
+        )
     }
 
     /// A short digest of the model and of `set`.

@@ -87,7 +87,10 @@ struct ChatMessage {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged, expecting = "wanted a string or a list of parts of type text")]
+#[serde(
+    untagged,
+    expecting = "wanted a string or a list of parts of type text"
+)]
 enum Content {
     Text(String),
     Parts(Vec<Part>),
@@ -223,7 +226,12 @@ fn checked(ask: Ask, runtime: &Runtime, prompt: &str, top: &str) -> Result<Ask, 
         true => Ok(()),
         false => Err(ApiError::bad(format!("{name}: wanted {wanted}, found {value}")).param(name)),
     };
-    number("temperature", "0 to 2", s.temp, (0.0..=2.0).contains(&s.temp))?;
+    number(
+        "temperature",
+        "0 to 2",
+        s.temp,
+        (0.0..=2.0).contains(&s.temp),
+    )?;
     let is_part = s.top_p > 0.0 && s.top_p <= 1.0;
     number("top_p", "above 0 and at most 1", s.top_p, is_part)?;
     number("min_p", "0 to 1", s.min_p, (0.0..=1.0).contains(&s.min_p))?;
@@ -243,7 +251,10 @@ fn checked(ask: Ask, runtime: &Runtime, prompt: &str, top: &str) -> Result<Ask, 
     if ask.prompts.is_empty() {
         return Err(ApiError::bad("wanted at least one prompt").param(prompt));
     }
-    let (most, n_vocab) = (runtime.options().n_ctx as usize - 1, runtime.model().n_vocab());
+    let (most, n_vocab) = (
+        runtime.options().n_ctx as usize - 1,
+        runtime.model().n_vocab(),
+    );
     for tokens in &ask.prompts {
         if tokens.is_empty() {
             return Err(ApiError::bad("wanted a prompt of at least one token").param(prompt));

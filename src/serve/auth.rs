@@ -156,10 +156,19 @@ mod tests {
         let status = |r: Result<(), ApiError>| r.err().map(|e| e.status.as_u16());
         let uses = |value| status(keys.may_use(&with(value)));
         let manages = |value| status(keys.may_manage(&with(value)));
-        assert_eq!([uses("Bearer a"), uses("bearer b"), uses("Bearer p")], [None; 3]);
-        assert_eq!([uses("Bearer c"), uses("Basic a"), uses("a")], [Some(401); 3]);
+        assert_eq!(
+            [uses("Bearer a"), uses("bearer b"), uses("Bearer p")],
+            [None; 3]
+        );
+        assert_eq!(
+            [uses("Bearer c"), uses("Basic a"), uses("a")],
+            [Some(401); 3]
+        );
         assert_eq!(manages("Bearer p"), None);
-        assert_eq!([manages("Bearer a"), manages("Bearer c")], [Some(403), Some(401)]);
+        assert_eq!(
+            [manages("Bearer a"), manages("Bearer c")],
+            [Some(403), Some(401)]
+        );
         assert_eq!(status(keys.may_manage(&HeaderMap::new())), Some(401));
         let open = Keys::default();
         assert_eq!(status(open.may_use(&HeaderMap::new())), None);
@@ -174,10 +183,22 @@ mod tests {
             let n = if origin.is_some() { 2 } else { 1 };
             check_origin(&headers(&pairs[..n]), Some(&names)).is_ok()
         };
-        for host in ["127.0.0.1:8080", "localhost", "[::1]:80", "MODEL.lan:1", "10.0.0.1"] {
+        for host in [
+            "127.0.0.1:8080",
+            "localhost",
+            "[::1]:80",
+            "MODEL.lan:1",
+            "10.0.0.1",
+        ] {
             assert!(ok(host, None), "{host}");
         }
-        for host in ["evil.example", "localhost.evil.example", "", "[evil]:1", "model.lan.evil"] {
+        for host in [
+            "evil.example",
+            "localhost.evil.example",
+            "",
+            "[evil]:1",
+            "model.lan.evil",
+        ] {
             assert!(!ok(host, None), "{host}");
         }
         assert!(ok("localhost:8080", Some("http://localhost:8080")));

@@ -43,7 +43,10 @@ pub(super) async fn read(
         };
         n_bytes += data.len() as u64;
         if n_bytes > limits.bytes {
-            let message = format!("wanted a body of at most {} bytes, found more", limits.bytes);
+            let message = format!(
+                "wanted a body of at most {} bytes, found more",
+                limits.bytes
+            );
             return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message).code("too_large"));
         }
         sink(data)?;

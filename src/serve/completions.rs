@@ -38,7 +38,10 @@ pub(super) async fn completion(
     body: Body,
 ) -> Result<Response, ApiError> {
     let body = body::object(body, app.limits()).await?;
-    answer(app, headers, move |app| ask::completion(&app.runtime, &body)).await
+    answer(app, headers, move |app| {
+        ask::completion(&app.runtime, &body)
+    })
+    .await
 }
 
 async fn answer(
@@ -173,12 +176,15 @@ impl Stream {
     }
 
     fn begin(&mut self, index: usize) {
-        self.ready.extend(self.reply.opening(index).map(|v| v.to_string()));
+        self.ready
+            .extend(self.reply.opening(index).map(|v| v.to_string()));
     }
 
     fn piece(&mut self, index: usize, piece: &Piece) {
         let logprobs = self.ask.top.is_some();
-        let chunk = self.reply.piece(index, piece, logprobs, self.offsets[index]);
+        let chunk = self
+            .reply
+            .piece(index, piece, logprobs, self.offsets[index]);
         self.offsets[index] += piece.text.chars().count();
         self.ready.push_back(chunk.to_string());
     }
@@ -210,7 +216,8 @@ impl Stream {
             }
             if self.ticket.n_left == 0 {
                 if self.ask.include_usage {
-                    self.ready.push_back(self.reply.usage(self.usage).to_string());
+                    self.ready
+                        .push_back(self.reply.usage(self.usage).to_string());
                 }
                 self.ready.push_back("[DONE]".to_owned());
                 self.is_over = true;
@@ -231,7 +238,12 @@ impl Stream {
 fn streamed(stream: Stream) -> Response {
     let events = stream::unfold(stream, async |mut stream| {
         let data = stream.next().await?;
-        Some((Ok::<_, Infallible>(sse::Event::default().data(data)), stream))
+        Some((
+            Ok::<_, Infallible>(sse::Event::default().data(data)),
+            stream,
+        ))
     });
-    Sse::new(events).keep_alive(KeepAlive::default()).into_response()
+    Sse::new(events)
+        .keep_alive(KeepAlive::default())
+        .into_response()
 }

@@ -1,8 +1,8 @@
 //! Continuous batching: one thread, one llama.cpp context, a slot for each text being written.
 //!
-//! A turn gives every waiting text a free slot, then runs one batch for each set of patches that
-//! texts are written under: a token for every text of that set, and as much of its prompts as the
-//! batch still takes. The context's adapters are changed between the batches of different sets,
+//! A turn gives waiting texts the free slots, and then, for each set of patches that texts are
+//! written under, computes a token of every text of that set in one batch and a piece of one
+//! prompt in another, so that a long prompt delays the others by one batch at most. The context's adapters are changed between the batches of different sets,
 //! and only then, so that every KV cell of a slot is computed under the set its text began with
 //! and a text ends under that set, whatever is applied or revoked meanwhile.
 //!
@@ -79,7 +79,7 @@ impl Engine {
             runtime.model(),
             ContextOptions {
                 n_ctx: options.n_ctx.saturating_mul(n_slots as u32),
-                n_batch: N_BATCH,
+                n_batch: N_BATCH.max(n_slots as u32),
                 n_seq_max: n_slots as u32,
                 unified: false,
                 n_threads: options.n_threads,
@@ -224,18 +224,43 @@ impl Engine {
         sets
     }
 
-    /// One batch for the texts of `set`.
+    /// A token for every text of `set` that is being written, and a piece of the prompt that came
+    /// first.
+    ///
+    /// A prompt is not computed together with anything else: llama.cpp would cut it into pieces of
+    /// other lengths, whose sums are rounded otherwise.
     fn advance(&mut self, set: &ActiveSet) {
-        let (mut batch, rows, members) = self.batch(set.digest());
-        if batch.is_empty() {
+        let of_set = |slot: &&Slot| slot.key == set.digest();
+        let running = |slot: &Slot| {
+            slot.running
+                .as_ref()
+                .map(|r| (r.next.is_some(), r.job.accepted))
+        };
+        let slots = self.slots.iter().enumerate();
+        let ours: Vec<_> = slots
+            .filter(|(_, slot)| of_set(slot))
+            .filter_map(|(at, slot)| Some((at, running(slot)?)))
+            .collect();
+        let writing = ours.iter().filter(|(_, (is_written, _))| *is_written);
+        let writing: Vec<usize> = writing.map(|(at, _)| *at).collect();
+        let reading = ours.iter().filter(|(_, (is_written, _))| !is_written);
+        let reading = reading.min_by_key(|(_, (_, accepted))| *accepted);
+        self.compute(set, &writing);
+        self.compute(set, reading.map(|(at, _)| *at).as_slice());
+    }
+
+    /// One batch for the texts of `members`, which are under `set`.
+    fn compute(&mut self, set: &ActiveSet, members: &[usize]) {
+        if members.is_empty() {
             return;
         }
+        let (mut batch, rows) = self.batch(members);
         let done = self.apply(set).and_then(|()| {
             self.metrics.batches.inc();
             Ok(self.context.decode(&mut batch)?)
         });
         if let Err(e) = done {
-            for at in members {
+            for &at in members {
                 let slot = &mut self.slots[at];
                 slot.cached.clear();
                 self.context.forget(at as i32, 0);
@@ -269,48 +294,36 @@ impl Engine {
         Ok(())
     }
 
-    /// A batch of the texts under the set `key`; whose logits its rows are, each as slot, row and
-    /// how many tokens of the slot they follow; the slots in it.
-    fn batch(&mut self, key: Digest) -> (Batch, Vec<(usize, usize, usize)>, Vec<usize>) {
-        let n_vocab = self.runtime.model().n_vocab();
-        let mut rows_left = (LOGIT_BYTES / (4 * n_vocab)).max(self.slots.len());
-        let (mut batch, mut rows, mut members) = (Batch::default(), Vec::new(), Vec::new());
-        // What is being written goes first: a long prompt delays it by one batch at most.
-        for generating in [true, false] {
-            for (at, slot) in self.slots.iter_mut().enumerate() {
-                let Some(running) = &slot.running else {
-                    continue;
-                };
-                if slot.key != key || running.next.is_some() != generating {
-                    continue;
+    /// What comes next of the texts of `members`; whose logits its rows are, each as slot, row and
+    /// how many tokens of the slot they follow.
+    fn batch(&mut self, members: &[usize]) -> (Batch, Vec<(usize, usize, usize)>) {
+        let n_batch = self.context.n_batch();
+        let n_rows = (LOGIT_BYTES / (4 * self.runtime.model().n_vocab())).clamp(1, n_batch);
+        let (mut batch, mut rows) = (Batch::default(), Vec::new());
+        for &at in members {
+            let slot = &mut self.slots[at];
+            slot.used = self.turn;
+            let Some(running) = &slot.running else {
+                continue;
+            };
+            let prompt = &running.job.prompt;
+            let ahead = match &running.next {
+                Some(next) => std::slice::from_ref(next),
+                None => &prompt[slot.cached.len()..],
+            };
+            let scores = running.job.score_prompt && running.next.is_none();
+            let most = if scores { n_rows } else { n_batch };
+            for &token in ahead.iter().take(most) {
+                let pos = slot.cached.len();
+                let want = scores || pos + 1 >= prompt.len();
+                if want {
+                    rows.push((at, batch.len(), pos + 1));
                 }
-                let prompt = &running.job.prompt;
-                let ahead = match &running.next {
-                    Some(next) => std::slice::from_ref(next),
-                    None => &prompt[slot.cached.len()..],
-                };
-                let scores = running.job.score_prompt && !generating;
-                let mut n = ahead.len().min(self.context.n_batch() - batch.len());
-                if scores {
-                    n = n.min(rows_left);
-                }
-                for &token in &ahead[..n] {
-                    let pos = slot.cached.len();
-                    let want = scores || pos + 1 >= prompt.len();
-                    if want {
-                        rows_left = rows_left.saturating_sub(1);
-                        rows.push((at, batch.len(), pos + 1));
-                    }
-                    batch.push(token, pos as i32, at as i32, want);
-                    slot.cached.push(token);
-                }
-                if n > 0 {
-                    slot.used = self.turn;
-                    members.push(at);
-                }
+                batch.push(token, pos as i32, at as i32, want);
+                slot.cached.push(token);
             }
         }
-        (batch, rows, members)
+        (batch, rows)
     }
 
     fn report(&self) {

@@ -133,9 +133,7 @@ impl IntoResponse for ApiError {
 impl From<Error> for ApiError {
     fn from(e: Error) -> Self {
         let (status, code) = match &e {
-            Error::Runtime(RuntimeError::NotActive { .. }) => {
-                (StatusCode::NOT_FOUND, "not_active")
-            }
+            Error::Runtime(RuntimeError::NotActive { .. }) => (StatusCode::NOT_FOUND, "not_active"),
             Error::Runtime(RuntimeError::Stored { .. }) => (StatusCode::CONFLICT, "stored"),
             Error::Runtime(RuntimeError::TooMany { .. }) => (StatusCode::CONFLICT, "too_many"),
             Error::Patch(PatchError::TooLarge { .. }) => {

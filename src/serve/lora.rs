@@ -60,9 +60,7 @@ struct Wanted {
 pub(super) async fn list(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     app.runtime.follow()?;
     let loras = app.loras.lock().unwrap_or_else(PoisonError::into_inner);
-    let one = |(id, lora): (usize, &Lora)| {
-        json!({"id": id, "path": lora.path, "scale": lora.scale(&app.runtime)})
-    };
+    let one = |(id, lora): (usize, &Lora)| json!({"id": id, "path": lora.path, "scale": lora.scale(&app.runtime)});
     Ok(reply::json(&loras.iter().enumerate().map(one).collect()))
 }
 

@@ -178,7 +178,11 @@ async fn uploaded(
 /// `name` as a file name in any directory.
 fn plain(name: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-    let name: String = name.chars().take(100).map(|c| if is_plain(c) { c } else { '_' }).collect();
+    let name: String = name
+        .chars()
+        .take(100)
+        .map(|c| if is_plain(c) { c } else { '_' })
+        .collect();
     match name.trim_matches('.') {
         "" => "upload.gguf".to_owned(),
         name => name.to_owned(),
@@ -192,11 +196,15 @@ pub(super) async fn revoke(
 ) -> Result<Response, ApiError> {
     app.options.keys.may_manage(&headers)?;
     app.blocking(move |app| {
-        let id: PatchId = id.parse().map_err(|e: String| ApiError::bad(e).param("id"))?;
+        let id: PatchId = id
+            .parse()
+            .map_err(|e: String| ApiError::bad(e).param("id"))?;
         app.runtime.revoke(id)?;
         // An engine that has ended answers for itself.
         let _ = app.inbox.send(Message::Changed);
-        Ok(reply::json(&json!({"id": id, "object": "patch", "deleted": true})))
+        Ok(reply::json(
+            &json!({"id": id, "object": "patch", "deleted": true}),
+        ))
     })
     .await
 }

@@ -81,7 +81,11 @@ impl Reply {
                 Kind::Text => {
                     let tokens: Vec<&Chosen> = w.scored.iter().chain(&w.tokens).collect();
                     // Without the prompt's tokens, offsets begin behind its text.
-                    let from = if w.scored.is_empty() { w.prompt.chars().count() } else { 0 };
+                    let from = if w.scored.is_empty() {
+                        w.prompt.chars().count()
+                    } else {
+                        0
+                    };
                     json!({
                         "index": index,
                         "text": w.prompt.clone() + &w.text,
@@ -187,9 +191,7 @@ fn finite(logprob: f64) -> f64 {
 }
 
 fn chat_logprobs(tokens: &[Chosen]) -> Value {
-    let one = |bytes: &[u8], logprob: f64| {
-        json!({"token": lossy(bytes), "logprob": finite(logprob), "bytes": bytes})
-    };
+    let one = |bytes: &[u8], logprob: f64| json!({"token": lossy(bytes), "logprob": finite(logprob), "bytes": bytes});
     let content = tokens.iter().map(|t| {
         let mut token = one(&t.bytes, t.logprob.unwrap_or(0.0));
         token["top_logprobs"] = t.top.iter().map(|(b, p)| one(b, *p)).collect();

@@ -108,7 +108,10 @@ mod tests {
     #[test]
     fn a_stop_string_is_found_across_tokens() {
         let (out, over) = shown(&["\n\nUser"], &[b"one\n", b"\nUs", b"er: two"]);
-        assert_eq!((out, over), (vec!["one".into(), "".into(), "".into()], true));
+        assert_eq!(
+            (out, over),
+            (vec!["one".into(), "".into(), "".into()], true)
+        );
         let (out, over) = shown(&["born", "bore"], &[b"was bo", b"ld"]);
         assert_eq!((out, over), (vec!["was ".into(), "bold".into()], false));
         let (out, over) = shown(&["aab"], &[b"a", b"a", b"a", b"b"]);

@@ -68,7 +68,9 @@ impl Client {
         stream
             .set_read_timeout(Some(Duration::from_secs(120)))
             .expect("a socket");
-        stream.write_all(head.as_bytes()).expect("a server that reads");
+        stream
+            .write_all(head.as_bytes())
+            .expect("a server that reads");
         // One that refuses a body need not read it.
         let _ = stream.write_all(body);
         Response::read(stream)
@@ -95,7 +97,9 @@ impl Response {
             };
             headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
         }
-        let is_chunked = headers.iter().any(|(n, v)| n == "transfer-encoding" && v == "chunked");
+        let is_chunked = headers
+            .iter()
+            .any(|(n, v)| n == "transfer-encoding" && v == "chunked");
         Self {
             status,
             headers,
@@ -153,7 +157,10 @@ impl Response {
     pub fn error(self, status: u16) -> Value {
         let mut body = self.json(status);
         let error = body["error"].take();
-        assert!(error["message"].is_string() && error["type"].is_string(), "{error}");
+        assert!(
+            error["message"].is_string() && error["type"].is_string(),
+            "{error}"
+        );
         error
     }
 
@@ -198,7 +205,8 @@ impl Iterator for Events {
             if chunk.is_empty() {
                 return None;
             }
-            self.pending.push_str(&String::from_utf8(chunk).expect("UTF-8"));
+            self.pending
+                .push_str(&String::from_utf8(chunk).expect("UTF-8"));
         }
     }
 }
@@ -223,7 +231,10 @@ impl Streamed {
         }
         let chunk: Value = serde_json::from_str(data).expect("JSON");
         assert!(chunk["error"].is_null(), "{data}");
-        self.fingerprint = chunk["system_fingerprint"].as_str().expect("one").to_owned();
+        self.fingerprint = chunk["system_fingerprint"]
+            .as_str()
+            .expect("one")
+            .to_owned();
         let choice = &chunk["choices"][0];
         if choice.is_null() {
             self.usage = chunk["usage"].clone();
