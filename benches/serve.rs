@@ -1,7 +1,10 @@
 //! Stress: streaming clients while a patch is applied and revoked every second.
 //!
-//!     cargo bench --bench serve -- [--model GGUF] [--patch GGUF] [--clients N] [--seconds S]
+//!     cargo bench --bench serve -- [--model GGUF] [--patch GGUF] [--scale X] [--clients N] [--seconds S]
 //!         [--threads N] [--max-tokens N]
+//!
+//! Without a patch, a random one; it needs a scale of 20 to change most answers of the built-in
+//! model, which is the default.
 //!
 //! Every question is first answered by a lone client, under each of the two sets. Under load an
 //! answer says which set it was made under, and must be that set's. Sums are rounded otherwise
@@ -53,6 +56,7 @@ const QUESTIONS: [&str; 12] = [
 struct Args {
     model: PathBuf,
     patch: Option<PathBuf>,
+    scale: f32,
     clients: usize,
     seconds: u64,
     threads: usize,
@@ -63,6 +67,7 @@ fn args() -> Args {
     let mut args = Args {
         model: support::mini(),
         patch: None,
+        scale: 20.0,
         clients: 8,
         seconds: 60,
         threads: 1,
@@ -77,6 +82,7 @@ fn args() -> Args {
         match flag.as_str() {
             "--model" => args.model = value.into(),
             "--patch" => args.patch = Some(value.into()),
+            "--scale" => args.scale = value.parse().expect("a number"),
             "--clients" => args.clients = number(),
             "--seconds" => args.seconds = number() as u64,
             "--threads" => args.threads = number(),
@@ -93,6 +99,7 @@ struct Seen {
     status: u16,
     fingerprint: String,
     text: String,
+    tokens: Vec<i32>,
     finish: String,
     first: Duration,
     all: Duration,
@@ -104,7 +111,7 @@ fn ask(client: &Client, question: usize, max_tokens: usize) -> Seen {
         "/v1/chat/completions",
         &json!({
             "messages": [{"role": "user", "content": QUESTIONS[question]}],
-            "temperature": 0, "max_tokens": max_tokens, "stream": true,
+            "temperature": 0, "max_tokens": max_tokens, "stream": true, "logprobs": true,
         }),
     );
     let status = response.status;
@@ -113,6 +120,7 @@ fn ask(client: &Client, question: usize, max_tokens: usize) -> Seen {
         status,
         fingerprint: String::new(),
         text: String::new(),
+        tokens: Vec::new(),
         finish: String::new(),
         first: Duration::ZERO,
         all: Duration::ZERO,
@@ -132,6 +140,7 @@ fn ask(client: &Client, question: usize, max_tokens: usize) -> Seen {
     Seen {
         fingerprint: streamed.fingerprint,
         text: streamed.text,
+        tokens: streamed.tokens,
         finish: streamed.finish,
         ..seen
     }
@@ -139,16 +148,16 @@ fn ask(client: &Client, question: usize, max_tokens: usize) -> Seen {
 
 /// The largest number of nats by which another token was likelier than the answer's, at any of
 /// its tokens, under the set that is active.
-fn gap(client: &Client, runtime: &Runtime, question: usize, text: &str, finish: &str) -> f64 {
+fn gap(client: &Client, runtime: &Runtime, answer: &Seen) -> f64 {
     let message = Message {
         role: Role::User,
-        content: QUESTIONS[question].to_owned(),
+        content: QUESTIONS[answer.question].to_owned(),
     };
     let prompt = build_prompt(&[message], runtime.model(), runtime.template());
     let mut tokens = prompt.expect("answered before");
     let n_prompt = tokens.len();
-    tokens.extend(runtime.model().tokenize(text, false, false));
-    if finish == "stop" {
+    tokens.extend(&answer.tokens);
+    if answer.finish == "stop" {
         tokens.extend(runtime.model().eos());
     }
     let scored = client.post(
@@ -228,7 +237,7 @@ fn main() {
     // Alone.
     let mut alone: BTreeMap<String, Vec<Seen>> = BTreeMap::new();
     let mut fingerprints = Vec::new();
-    for scale in [0.0, 1.0] {
+    for scale in [0.0, args.scale] {
         set_scale(scale).json(200);
         let answers: Vec<Seen> = (0..n).map(|q| ask(&client, q, args.max_tokens)).collect();
         fingerprints.push(answers[0].fingerprint.clone());
@@ -239,9 +248,9 @@ fn main() {
         .count();
     // Lone answers under their own set and under the other.
     let (mut own, mut crossed) = (0f64, Vec::new());
-    for (at, scale) in [(0, 0.0), (1, 1.0)] {
+    for (at, scale) in [(0, 0.0), (1, args.scale)] {
         set_scale(scale).json(200);
-        let score = |a: &Seen| gap(&client, &runtime, a.question, &a.text, &a.finish);
+        let score = |a: &Seen| gap(&client, &runtime, a);
         own = alone[&fingerprints[at]]
             .iter()
             .map(score)
@@ -276,7 +285,7 @@ fn main() {
         let mut scale = 0.0;
         while begun.elapsed() < Duration::from_secs(args.seconds) {
             std::thread::sleep(Duration::from_secs(1));
-            scale = 1.0 - scale;
+            scale = args.scale - scale;
             let asked = Instant::now();
             set_scale(scale).json(200);
             changes.push(asked.elapsed());
@@ -307,11 +316,10 @@ fn main() {
         }
     }
     let mut gaps: BTreeMap<&(String, usize, String), [f64; 2]> = BTreeMap::new();
-    for (at, scale) in [(0, 0.0), (1, 1.0)] {
+    for (at, scale) in [(0, 0.0), (1, args.scale)] {
         set_scale(scale).json(200);
         for (key, (_, s)) in &differing {
-            gaps.entry(key).or_default()[at] =
-                gap(&client, &runtime, s.question, &s.text, &s.finish);
+            gaps.entry(key).or_default()[at] = gap(&client, &runtime, s);
         }
     }
     let (mut ties, mut wrong, mut widest) = (0, 0, 0f64);

@@ -124,6 +124,9 @@ impl Engine {
         let is_idle = self.waiting.is_empty() && self.slots.iter().all(|s| s.running.is_none());
         if is_idle {
             self.report();
+            // A replaced set lives as long as the context is set to it. A refusal shows when the
+            // set is used.
+            let _ = self.apply(&self.runtime.active());
             let goes_on = self.inbox.recv().is_ok_and(|message| self.take(message));
             if !goes_on {
                 return false;
@@ -145,11 +148,6 @@ impl Engine {
         match message {
             Message::Job(job) => self.waiting.push_back(job),
             Message::Stop => return false,
-            // A replaced set lives as long as the context is set to it.
-            Message::Changed if self.slots.iter().all(|s| s.running.is_none()) => {
-                // A refusal shows when the set is next used.
-                let _ = self.apply(&self.runtime.active());
-            }
             Message::Changed => {}
         }
         true
@@ -348,6 +346,7 @@ impl Running {
         if self.job.score_prompt && n <= self.job.prompt.len() {
             if n == 1 {
                 self.scored.push(Chosen {
+                    token: self.job.prompt[0],
                     bytes: model.piece(self.job.prompt[0], false),
                     logprob: None,
                     top: Vec::new(),
@@ -436,12 +435,14 @@ fn chosen(model: &Model, logits: &[f32], token: Token, top: usize) -> Chosen {
     }
     order.truncate(top);
     order.sort_unstable_by(by_logit);
-    let named = |t: Token| {
-        let logprob = f64::from(logits[t as usize]) - log_sum;
-        (model.piece(t, true), logprob)
+    let named = |t: Token| Chosen {
+        token: t,
+        bytes: model.piece(t, true),
+        logprob: Some(f64::from(logits[t as usize]) - log_sum),
+        top: Vec::new(),
     };
     Chosen {
-        // As in the text, where control tokens are not seen.
+        token,
         bytes: model.piece(token, false),
         logprob: Some(logprob),
         top: order.into_iter().map(named).collect(),

@@ -12,7 +12,7 @@ use tokio::sync::mpsc::UnboundedSender;
 pub(super) enum Message {
     /// Write a text.
     Job(Job),
-    /// The active patches have changed.
+    /// The active patches have changed: wake up and let go of the old ones.
     Changed,
     /// End now, whatever is being written.
     Stop,
@@ -84,9 +84,11 @@ impl Piece {
 /// A token and how likely it was.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Chosen {
+    pub token: Token,
+    /// Its part of the text; control tokens have none.
     pub bytes: Vec<u8>,
     /// Before any sampling setting; none for a prompt's first token.
     pub logprob: Option<f64>,
-    /// The likeliest tokens in its place, likeliest first.
-    pub top: Vec<(Vec<u8>, f64)>,
+    /// The likeliest tokens in its place, likeliest first; control tokens are spelled out.
+    pub top: Vec<Chosen>,
 }

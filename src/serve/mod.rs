@@ -1,13 +1,17 @@
 //! The HTTP server: a runtime behind OpenAI's API, for many clients at once.
 //!
-//! In: a [`Runtime`] with its active patches. Out: `/v1/chat/completions` and `/v1/completions`
-//! ([`completions`](self)), `/v1/patches` and `/lora-adapters` to see and change the patches,
-//! `/v1/models`, `/health`, `/metrics`.
+//! In: a [`Runtime`] with its active patches. Out: `/v1/chat/completions` and `/v1/completions`,
+//! `/v1/patches` and `/lora-adapters` to see and change the patches, `/v1/models`, `/health`,
+//! `/metrics`.
 //!
 //! Requests become texts to write (`ask`), which wait in a bounded queue for one of the slots of a
 //! single engine thread (`engine`); when the queue is full the answer is 429. A text is written
 //! under the patches that are active when it begins, first token to last, and every answer says
 //! which those were. Who may do what is in `auth`.
+//!
+//! What is generated greedily, or with a seed, may differ in near ties from one time to the next:
+//! sums are rounded otherwise when a prompt's beginning is kept from another text and when several
+//! texts share a batch. `keep_cache: false` in the runtime's options ends the first.
 
 mod app;
 mod ask;

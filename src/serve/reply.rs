@@ -190,11 +190,19 @@ fn finite(logprob: f64) -> f64 {
     logprob.max(-9999.0)
 }
 
+/// With the tokens' ids, as llama.cpp's server gives them.
 fn chat_logprobs(tokens: &[Chosen]) -> Value {
-    let one = |bytes: &[u8], logprob: f64| json!({"token": lossy(bytes), "logprob": finite(logprob), "bytes": bytes});
+    let one = |t: &Chosen| {
+        json!({
+            "id": t.token,
+            "token": lossy(&t.bytes),
+            "logprob": t.logprob.map(finite),
+            "bytes": t.bytes,
+        })
+    };
     let content = tokens.iter().map(|t| {
-        let mut token = one(&t.bytes, t.logprob.unwrap_or(0.0));
-        token["top_logprobs"] = t.top.iter().map(|(b, p)| one(b, *p)).collect();
+        let mut token = one(t);
+        token["top_logprobs"] = t.top.iter().map(one).collect();
         token
     });
     json!({"content": content.collect::<Vec<_>>(), "refusal": null})
@@ -210,7 +218,8 @@ fn text_logprobs(tokens: &[&Chosen], from: usize) -> Value {
     }
     let top = tokens.iter().map(|t| {
         t.logprob?;
-        let top = t.top.iter().map(|(b, p)| (lossy(b), json!(finite(*p))));
+        let top = t.top.iter();
+        let top = top.map(|t| (lossy(&t.bytes), json!(t.logprob.map(finite))));
         Some(top.collect::<Map<_, _>>())
     });
     json!({

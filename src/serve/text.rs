@@ -85,6 +85,7 @@ mod tests {
 
     fn chosen(text: &str) -> Chosen {
         Chosen {
+            token: 0,
             bytes: text.as_bytes().to_vec(),
             logprob: Some(-1.0),
             top: Vec::new(),

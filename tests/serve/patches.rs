@@ -48,6 +48,8 @@ fn patches_are_applied_and_revoked() {
     assert_eq!(with["system_fingerprint"], list["system_fingerprint"]);
     assert_ne!(with["system_fingerprint"], before["system_fingerprint"]);
     assert_ne!(content(&with), content(&before));
+    let kept = &with["usage"]["prompt_tokens_details"]["cached_tokens"];
+    assert_eq!(kept, 0, "computed under another set");
     // By its whole path, at another scale.
     let again = manager
         .post("/v1/patches", &json!({"path": a, "scale": 0.5}))
@@ -78,8 +80,8 @@ fn patches_are_applied_and_revoked() {
         .error(400);
     assert!(rig.runtime.active().patches().is_empty());
     // The patch itself.
-    let bytes = std::fs::read(&b).expect("readable");
-    let path = "/v1/patches?name=../up.gguf&scale=4";
+    let bytes = std::fs::read(&a).expect("readable");
+    let path = "/v1/patches?name=../up.gguf&scale=22";
     let uploaded = manager.send("POST", path, &[OCTETS], &bytes).json(200);
     assert_eq!(
         (&uploaded["name"], &uploaded["scale"]),

@@ -218,6 +218,8 @@ pub struct Streamed {
     pub finish: String,
     pub fingerprint: String,
     pub usage: Value,
+    /// Where log-probabilities were asked for.
+    pub tokens: Vec<i32>,
     pub is_done: bool,
 }
 
@@ -241,6 +243,14 @@ impl Streamed {
         }
         let text = choice["delta"]["content"].as_str();
         self.text += text.or(choice["text"].as_str()).unwrap_or_default();
+        for token in choice["logprobs"]["content"]
+            .as_array()
+            .into_iter()
+            .flatten()
+        {
+            let id = token["id"].as_i64().expect("a token's id");
+            self.tokens.push(id as i32);
+        }
         if let Some(reason) = choice["finish_reason"].as_str() {
             assert_eq!(self.finish, "");
             self.finish = reason.to_owned();
