@@ -87,6 +87,31 @@ fn a_revoked_patch_leaves_no_trace() {
 }
 
 #[test]
+fn a_change_is_made_in_one_step_or_not_at_all() {
+    let (dir, a, b) = patches();
+    let runtime = open();
+    let first = runtime.apply(&a, 1.0).expect("a good patch");
+    let (generation, digest) = (runtime.active().generation(), runtime.active().digest());
+    let junk = dir.path().join("junk.gguf");
+    std::fs::write(&junk, [7; 64]).expect("room");
+    let refused = runtime.change(&[(&b, 1.0), (&junk, 1.0)], &[first]);
+    assert_eq!(refused.expect_err("junk").exit_code(), 3);
+    assert!(runtime.active().contains(first));
+    assert_eq!(runtime.active().generation(), generation);
+    let ids = runtime
+        .change(&[(&b, 2.0)], &[first])
+        .expect("good patches");
+    assert!(!runtime.active().contains(first) && runtime.active().contains(ids[0]));
+    assert_eq!(runtime.active().generation(), generation + 1);
+    // A set is known by what is in it.
+    runtime.change(&[(&a, 1.0)], &ids).expect("good patches");
+    assert_eq!(runtime.active().digest(), digest);
+    assert_ne!(runtime.active().generation(), generation);
+    runtime.apply(&a, 2.0).expect("another scale");
+    assert_ne!(runtime.active().digest(), digest);
+}
+
+#[test]
 fn several_patches_do_not_depend_on_their_order() {
     let (_dir, a, b) = patches();
     let both = |first: &Path, second: &Path| {

@@ -77,6 +77,16 @@ impl App {
         check_origin(headers, minds.then_some(names))
     }
 
+    /// See what has changed in the store, if there is one. While it is broken nothing is answered:
+    /// it may hold a patch that must apply.
+    pub(super) fn follow(&self) -> Result<(), ApiError> {
+        self.runtime.follow().map_err(|e| ApiError {
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            code: Some("store"),
+            ..ApiError::from(e)
+        })
+    }
+
     pub(super) fn limits(&self) -> body::Limits {
         body::Limits {
             bytes: self.options.max_body,

@@ -53,7 +53,7 @@ async fn answer(
         .blocking(move |app| {
             let ask = read(app)?;
             // A store that has changed is followed before anything is answered under the old set.
-            app.runtime.follow()?;
+            app.follow()?;
             Ok(ask)
         })
         .await?;

@@ -8,15 +8,13 @@
 //!
 //! A slot keeps its KV cache: the next text of the same set that begins alike goes on from there.
 
-use super::job::{Chosen, Event, Job, Message, Piece};
+use super::job::{Event, Job, Message};
 use super::metrics::Metrics;
-use super::text::Text;
+use super::slot::{Running, Slot};
 use crate::digest::Digest;
 use crate::error::Error;
-use crate::ggml::{Batch, Context, ContextOptions, Model, Token};
-use crate::runtime::{ActiveSet, Finish, Runtime, common_prefix};
-use crate::score::Writer;
-use crate::train::loss::nll;
+use crate::ggml::{Batch, Context, ContextOptions};
+use crate::runtime::{ActiveSet, Runtime, common_prefix};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
@@ -26,31 +24,7 @@ const N_BATCH: u32 = 512;
 /// Logits read of one batch, bytes.
 const LOGIT_BYTES: usize = 32 << 20;
 
-/// A sequence of the context.
-struct Slot {
-    /// Tokens of it in the KV cache.
-    cached: Vec<Token>,
-    /// The set they were computed under.
-    key: Digest,
-    /// Turn in which it was last used.
-    used: u64,
-    running: Option<Running>,
-}
-
-/// A text that is being written.
-struct Running {
-    model: Model,
-    job: Job,
-    set: Arc<ActiveSet>,
-    writer: Writer,
-    text: Text,
-    /// The token that was chosen and not yet computed; none while the prompt is computed.
-    next: Option<Token>,
-    n_tokens: usize,
-    /// The prompt's tokens, as far as they are scored.
-    scored: Vec<Chosen>,
-}
-
+/// The scheduler.
 pub(super) struct Engine {
     runtime: Runtime,
     context: Context,
@@ -198,16 +172,7 @@ impl Engine {
             };
             // A client that has gone is noticed at the next turn.
             let _ = job.events.send((job.index, begun));
-            slot.running = Some(Running {
-                model: model.clone(),
-                writer: Writer::new(model, &job.sampling, job.max_tokens),
-                text: Text::new(job.stops.clone()),
-                next: None,
-                n_tokens: 0,
-                scored: Vec::new(),
-                set,
-                job,
-            });
+            slot.running = Some(Running::new(job, set, model));
         }
     }
 
@@ -228,23 +193,17 @@ impl Engine {
     /// A prompt is not computed together with anything else: llama.cpp would cut it into pieces of
     /// other lengths, whose sums are rounded otherwise.
     fn advance(&mut self, set: &ActiveSet) {
-        let of_set = |slot: &&Slot| slot.key == set.digest();
-        let running = |slot: &Slot| {
-            slot.running
-                .as_ref()
-                .map(|r| (r.next.is_some(), r.job.accepted))
-        };
-        let slots = self.slots.iter().enumerate();
-        let ours: Vec<_> = slots
-            .filter(|(_, slot)| of_set(slot))
-            .filter_map(|(at, slot)| Some((at, running(slot)?)))
-            .collect();
-        let writing = ours.iter().filter(|(_, (is_written, _))| *is_written);
-        let writing: Vec<usize> = writing.map(|(at, _)| *at).collect();
-        let reading = ours.iter().filter(|(_, (is_written, _))| !is_written);
-        let reading = reading.min_by_key(|(_, (_, accepted))| *accepted);
+        let (mut writing, mut reading) = (Vec::new(), None);
+        for (at, slot) in self.slots.iter().enumerate() {
+            match &slot.running {
+                Some(r) if r.set.digest() != set.digest() => {}
+                Some(r) if r.next.is_some() => writing.push(at),
+                Some(r) => reading = reading.into_iter().chain([(r.job.accepted, at)]).min(),
+                None => {}
+            }
+        }
         self.compute(set, &writing);
-        self.compute(set, reading.map(|(at, _)| *at).as_slice());
+        self.compute(set, reading.map(|(_, at)| at).as_slice());
     }
 
     /// One batch for the texts of `members`, which are under `set`.
@@ -328,123 +287,5 @@ impl Engine {
         let active = self.slots.iter().filter(|s| s.running.is_some()).count();
         self.metrics.active.set(active as i64);
         self.metrics.waiting.set(self.waiting.len() as i64);
-    }
-}
-
-impl Running {
-    /// Go on from `logits`, which follow the first `n` tokens; `is_last`: nothing else does.
-    /// False when the text is over.
-    fn read(
-        &mut self,
-        logits: &[f32],
-        n: usize,
-        is_last: bool,
-        n_ctx: usize,
-        metrics: &Metrics,
-    ) -> bool {
-        let model = &self.model.clone();
-        if self.job.score_prompt && n <= self.job.prompt.len() {
-            if n == 1 {
-                self.scored.push(Chosen {
-                    token: self.job.prompt[0],
-                    bytes: model.piece(self.job.prompt[0], false),
-                    logprob: None,
-                    top: Vec::new(),
-                });
-            }
-            match self.job.prompt.get(n) {
-                Some(&token) => {
-                    let top = self.job.top.unwrap_or(0);
-                    self.scored.push(chosen(model, logits, token, top));
-                }
-                None => {
-                    let scored = std::mem::take(&mut self.scored);
-                    self.tell(Event::Prompt(scored));
-                }
-            }
-        }
-        if !is_last || n < self.job.prompt.len() {
-            return true;
-        }
-        let token = match self.writer.next(logits) {
-            Ok(token) => token,
-            Err(finish) => {
-                let rest = self.text.finish();
-                self.over(rest, finish, metrics);
-                return false;
-            }
-        };
-        if self.n_tokens == 0 {
-            let took = self.job.accepted.elapsed();
-            metrics.first_token.observe(took.as_secs_f64());
-        }
-        self.n_tokens += 1;
-        metrics.generated_tokens.inc();
-        let top = self.job.top;
-        let chosen = top.map(|top| chosen(model, logits, token, top));
-        let (mut piece, is_stop) = self.text.push(&model.piece(token, false), chosen);
-        if is_stop {
-            self.over(piece, Finish::Stopped, metrics);
-            return false;
-        }
-        if n + 1 >= n_ctx {
-            let rest = self.text.finish();
-            piece.text += &rest.text;
-            piece.tokens.extend(rest.tokens);
-            self.over(piece, Finish::Room, metrics);
-            return false;
-        }
-        if !piece.is_empty() {
-            self.tell(Event::Piece(piece));
-        }
-        self.next = Some(token);
-        true
-    }
-
-    fn over(&self, rest: Piece, finish: Finish, metrics: &Metrics) {
-        if !rest.is_empty() {
-            self.tell(Event::Piece(rest));
-        }
-        let took = self.job.accepted.elapsed();
-        metrics.answer.observe(took.as_secs_f64());
-        self.tell(Event::Done {
-            finish,
-            n_tokens: self.n_tokens,
-        });
-    }
-
-    /// A client that has gone is noticed at the next turn.
-    fn tell(&self, event: Event) {
-        let _ = self.job.events.send((self.job.index, event));
-    }
-}
-
-/// `token` with its log-probability in `logits [n_vocab]` and those of the `top` likeliest.
-fn chosen(model: &Model, logits: &[f32], token: Token, top: usize) -> Chosen {
-    let logprob = -nll(logits, token);
-    // log p = logit − log Σ exp, the same for every token.
-    let log_sum = f64::from(logits[token as usize]) - logprob;
-    let mut order: Vec<Token> = (0..logits.len() as Token).collect();
-    let by_logit = |a: &Token, b: &Token| {
-        let (a, b) = (*a as usize, *b as usize);
-        logits[b].total_cmp(&logits[a]).then(a.cmp(&b))
-    };
-    let top = top.min(order.len());
-    if top > 0 {
-        order.select_nth_unstable_by(top - 1, by_logit);
-    }
-    order.truncate(top);
-    order.sort_unstable_by(by_logit);
-    let named = |t: Token| Chosen {
-        token: t,
-        bytes: model.piece(t, true),
-        logprob: Some(f64::from(logits[t as usize]) - log_sum),
-        top: Vec::new(),
-    };
-    Chosen {
-        token,
-        bytes: model.piece(token, false),
-        logprob: Some(logprob),
-        top: order.into_iter().map(named).collect(),
     }
 }

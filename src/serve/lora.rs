@@ -58,7 +58,7 @@ struct Wanted {
 }
 
 pub(super) async fn list(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
-    app.runtime.follow()?;
+    app.blocking(App::follow).await?;
     let loras = app.loras.lock().unwrap_or_else(PoisonError::into_inner);
     let one = |(id, lora): (usize, &Lora)| json!({"id": id, "path": lora.path, "scale": lora.scale(&app.runtime)});
     Ok(reply::json(&loras.iter().enumerate().map(one).collect()))

@@ -28,6 +28,7 @@ mod page;
 mod patches;
 mod reply;
 mod routes;
+mod slot;
 mod text;
 
 pub use auth::{Key, Keys};

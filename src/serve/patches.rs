@@ -51,11 +51,7 @@ fn one() -> f32 {
 }
 
 pub(super) async fn list(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
-    app.blocking(|app| {
-        app.runtime.follow()?;
-        Ok(())
-    })
-    .await?;
+    app.blocking(App::follow).await?;
     Ok(reply::json(&listing(&app, &app.runtime.active())))
 }
 

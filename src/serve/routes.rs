@@ -62,7 +62,7 @@ async fn with_key(
 /// Whether requests are answered: not while the store is broken.
 async fn health(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     app.blocking(|app| {
-        app.runtime.follow()?;
+        app.follow()?;
         match app.is_ending.load(std::sync::atomic::Ordering::Relaxed) {
             true => Err(ApiError::ending()),
             false => Ok(reply::json(&json!({"status": "ok"}))),
