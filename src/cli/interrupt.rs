@@ -11,7 +11,7 @@ pub(super) fn listen(notice: &'static str) {
     ONCE.get_or_init(|| {
         let heard = ctrlc::set_handler(move || {
             if STOP.swap(true, Ordering::SeqCst) {
-                std::process::exit(130);
+                crate::ggml::exit_at_once(130);
             }
             eprintln!("\n{notice} (once more: at once)");
         });

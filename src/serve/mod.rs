@@ -49,6 +49,9 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 
+/// Time for a patch that is being applied when the server ends.
+const LAST_CHANGE: Duration = Duration::from_secs(10);
+
 /// How a server is set up. The context length of each slot is the runtime's.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -170,8 +173,9 @@ impl Server {
                 let listener = listener.expect("a listening socket, set not to block");
                 listen::serve(listener, router, limits, stopped).await;
             });
-            // What did not finish in time is cut off.
-            threads.shutdown_timeout(Duration::from_millis(100));
+            // What did not finish in time is cut off, but for a patch that is being applied: nothing
+            // may compute when the process ends.
+            threads.shutdown_timeout(LAST_CHANGE);
         });
         Ok(Self {
             address,
