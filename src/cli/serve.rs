@@ -26,7 +26,7 @@ pub struct Serve {
     #[command(flatten)]
     template: TemplateArg,
     /// Store whose patches apply, and whose changes are followed
-    #[arg(long, value_name = "FOLDER")]
+    #[arg(long, value_name = "DIR")]
     store: Option<PathBuf>,
     /// Address to listen on
     #[arg(long, default_value = "127.0.0.1", value_name = "ADDRESS")]
@@ -83,7 +83,7 @@ pub struct Serve {
     #[arg(long, value_name = "FILE")]
     patch_key_file: Option<PathBuf>,
     /// Folder that patches may be applied from over HTTP; may be given several times
-    #[arg(long, value_name = "FOLDER")]
+    #[arg(long, value_name = "DIR")]
     patch_dir: Vec<PathBuf>,
     /// Let who has the patch key ask for answers without patches, which show what was forgotten
     #[arg(long)]
