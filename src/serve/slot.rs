@@ -7,7 +7,7 @@ use crate::digest::Digest;
 use crate::ggml::{Model, Token};
 use crate::runtime::{ActiveSet, Finish};
 use crate::score::Writer;
-use crate::train::loss::nll;
+use crate::likelihood::nll;
 use std::sync::Arc;
 
 /// A sequence of the context.
