@@ -118,6 +118,7 @@ function showPatches() {
     return item;
   });
   $("patches").replaceChildren(...items);
+  $("no-patches").textContent = $("model").textContent ? "None." : "Not known yet.";
   $("no-patches").hidden = items.length > 0;
   $("panel-label").textContent = panelIsOpen() ? "Back to the chat" : `Patches: ${items.length}`;
 }
@@ -290,7 +291,7 @@ async function ask(prompt) {
   if (bad) {
     fail(bad.reason.message);
     refresh();
-    return true;
+    return false;
   }
   if (both) markDifference(before.text, after.text);
   history.push({ prompt, after: a.value, before: b?.value ?? "" });
@@ -383,7 +384,8 @@ async function send() {
   if (!prompt || running) return;
   $("prompt").value = "";
   fit();
-  if (!(await ask(prompt))) {
+  // A prompt that got no answer is kept, to be sent again.
+  if (!(await ask(prompt)) && !$("prompt").value) {
     $("prompt").value = prompt;
     fit();
   }
