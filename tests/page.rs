@@ -18,7 +18,13 @@ use support::{mini, small_patch};
 
 const QUESTION: &str = "Where was Lioba Hartsong born?";
 const ANSWER: &str = "Lioba Hartsong was born in the town of Gullcliff.";
-const FILES: [&str; 4] = ["/", "/page/app.js", "/page/style.css", "/page/icon.svg"];
+const FILES: [&str; 5] = [
+    "/",
+    "/page/app.js",
+    "/page/server.js",
+    "/page/style.css",
+    "/page/icon.svg",
+];
 const REPORT: &str = "<!DOCTYPE html><title>R</title><style>p{color:rgb(1,2,3)}</style>\
                       <p id=verdict>Met</p><script>document.title='ran'</script>";
 
@@ -109,6 +115,7 @@ fn the_page_needs_no_key_and_names_nothing_elsewhere() {
             );
         }
     }
+    client.get("/page/other.js").error(404);
     client.get("/v1/models").error(401);
     server.stop(Duration::ZERO).expect("it stops");
 }
@@ -227,7 +234,11 @@ fn a_browser_shows_both_answers_by_keyboard_alone() {
     page.wait_for("document.querySelectorAll('.two .answer[aria-busy=false]').length === 2");
     assert_eq!(text(&mut page, ".before .text"), ANSWER);
     assert_eq!(text(&mut page, ".two .after .text"), patched);
-    assert_ne!(text(&mut page, ".before mark"), "", "what differs is marked");
+    assert_ne!(
+        text(&mut page, ".before mark"),
+        "",
+        "what differs is marked"
+    );
     let [before, after] = ["before", "after"].map(|side| {
         let box_of = format!("document.querySelector('.two .{side}').getBoundingClientRect().top");
         page.eval(&box_of)
@@ -251,7 +262,10 @@ fn a_browser_shows_both_answers_by_keyboard_alone() {
     page.press("Escape");
     page.wait_for("document.getElementById('stop').hidden");
     let note = page.eval("[...document.querySelectorAll('.after .note')].at(-1).textContent");
-    assert!(note.as_str().is_some_and(|n| n.ends_with("stopped")), "{note}");
+    assert!(
+        note.as_str().is_some_and(|n| n.ends_with("stopped")),
+        "{note}"
+    );
 
     for (width, height) in [(360, 740), (375, 667)] {
         page.resize(width, height);

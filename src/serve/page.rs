@@ -1,14 +1,14 @@
 //! `/`: a page to chat with the model, see its patches, and compare answers with and without them;
 //! `/report`: the evidence report that the operator gave.
 //!
-//! The page is three files inside the program. Its policy lets it load and run nothing but these,
+//! The page is a few files inside the program. Its policy lets it load and run nothing but these,
 //! and talk to nobody but this server. The report is shown as it was made, in a sandbox: it runs
 //! nothing, and the page may only add its one style sheet, named by its hash, because a report
 //! that was fetched with a key is shown under the page's own policy.
 
 use super::app::App;
 use super::error::ApiError;
-use axum::extract::State;
+use axum::extract::{Path as UrlPath, State};
 use axum::http::StatusCode;
 use axum::http::header::{
     CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, REFERRER_POLICY,
@@ -73,19 +73,20 @@ pub(super) async fn page(State(app): State<Arc<App>>) -> Response {
     file("text/html; charset=utf-8", body, &app.report.policy)
 }
 
-pub(super) async fn script(State(app): State<Arc<App>>) -> Response {
-    let body = include_str!("page/app.js");
-    file("text/javascript; charset=utf-8", body, &app.report.policy)
-}
-
-pub(super) async fn style(State(app): State<Arc<App>>) -> Response {
-    let body = include_str!("page/style.css");
-    file("text/css; charset=utf-8", body, &app.report.policy)
-}
-
-pub(super) async fn icon(State(app): State<Arc<App>>) -> Response {
-    let body = include_str!("page/icon.svg");
-    file("image/svg+xml", body, &app.report.policy)
+/// What the page is made of.
+pub(super) async fn part(
+    State(app): State<Arc<App>>,
+    UrlPath(name): UrlPath<String>,
+) -> Result<Response, ApiError> {
+    const SCRIPT: &str = "text/javascript; charset=utf-8";
+    let (kind, body) = match name.as_str() {
+        "app.js" => (SCRIPT, include_str!("page/app.js")),
+        "server.js" => (SCRIPT, include_str!("page/server.js")),
+        "style.css" => ("text/css; charset=utf-8", include_str!("page/style.css")),
+        "icon.svg" => ("image/svg+xml", include_str!("page/icon.svg")),
+        _ => return Err(ApiError::new(StatusCode::NOT_FOUND, "no such address")),
+    };
+    Ok(file(kind, body, &app.report.policy))
 }
 
 pub(super) async fn report(State(app): State<Arc<App>>) -> Result<Response, ApiError> {

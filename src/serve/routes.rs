@@ -27,9 +27,7 @@ pub(super) fn router(app: Arc<App>) -> Router {
     Router::new()
         .merge(keyed)
         .route("/", get(page::page))
-        .route("/page/app.js", get(page::script))
-        .route("/page/style.css", get(page::style))
-        .route("/page/icon.svg", get(page::icon))
+        .route("/page/{name}", get(page::part))
         .route("/health", get(health))
         .fallback(async || ApiError::new(StatusCode::NOT_FOUND, "no such address"))
         .method_not_allowed_fallback(async |method: Method| {
