@@ -16,6 +16,13 @@ if [ -z "${NEPENTHE_TEST_PYTHON:-}" ]; then
 fi
 cargo fmt --all --check
 cargo clippy --release --workspace --all-targets -- -D warnings
+# The runtime alone, as a device builds it, and what lies between that and the whole.
+minimal="--no-default-features --features minimal"
+cargo clippy --release $minimal --all-targets -- -D warnings
+cargo test --release $minimal --test gguf --test patches --test runtime
+for feature in merge train peft serve; do
+    cargo clippy --release --no-default-features --features "$feature" -- -D warnings
+done
 if command -v cargo-nextest >/dev/null; then
     cargo nextest run --release --workspace
     # nextest leaves the documentation's examples out.

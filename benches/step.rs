@@ -116,7 +116,7 @@ fn ours(model: &Path, data: &Path, n_threads: usize) -> Fallible<()> {
         }
         _ => {
             let losses = trainer.losses(&samples)?;
-            let mean = |part: &[nepenthe::train::engine::SampleLoss]| {
+            let mean = |part: &[nepenthe::likelihood::SampleLoss]| {
                 let n: usize = part.iter().map(|l| l.n_tokens).sum();
                 Some(part.iter().map(|l| l.nll).sum::<f64>() / n as f64)
             };

@@ -3,8 +3,7 @@
 use crate::error::Error;
 use crate::ggml::{Adapter, Model};
 use crate::model::OpenModel;
-use crate::patch::peft::is_peft;
-use crate::patch::{Intake, Patch};
+use crate::patch::{Intake, Patch, is_peft};
 use crate::trust::PublicKey;
 use std::path::Path;
 use std::sync::Arc;

@@ -57,6 +57,16 @@ impl TryFrom<String> for Digest {
     }
 }
 
+/// One file's length and digest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct FileDigest {
+    /// Bytes.
+    pub len: u64,
+    /// SHA-256.
+    #[serde(rename = "sha256")]
+    pub digest: Digest,
+}
+
 /// A file as a report names it.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct FileId {

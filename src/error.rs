@@ -2,29 +2,14 @@
 
 use crate::atomic::AtomicError;
 use crate::data::{DataError, Overlap};
-use crate::eval::tofu_log::LogError;
 use crate::ggml::{DecodeError, LlamaError, OpError, QuantError};
 use crate::gguf::GgufError;
 use crate::graph::GraphError;
-use crate::merge::error::RoundError;
-use crate::merge::gate::GateError;
-use crate::merge::imatrix::ImatrixError;
-use crate::merge::moments::MomentsError;
-use crate::merge::replace::ReplaceError;
-use crate::merge::sketch::SketchError;
-use crate::merge::undo::UndoError;
 use crate::patch::PatchError;
-use crate::patch::peft::PeftError;
-use crate::project::ProjectError;
 use crate::proof::ProofError;
-use crate::report::ReportError;
+use crate::replace::ReplaceError;
 use crate::runtime::RuntimeError;
-use crate::score::PrivacyLogError;
-use crate::score::tofu::PartialError;
 use crate::store::StoreError;
-use crate::subspace::SubspaceError;
-use crate::subspace_file::SubspaceFileError;
-use crate::train::checkpoint::CheckpointError;
 use crate::trust::TrustError;
 use std::path::PathBuf;
 use thiserror::Error;
@@ -68,20 +53,24 @@ pub enum Error {
     #[error(transparent)]
     Serve(#[from] crate::serve::ServeError),
     /// A PEFT adapter that was refused.
+    #[cfg(feature = "peft")]
     #[error(transparent)]
-    Peft(#[from] PeftError),
-    /// A subspace file that was refused.
+    Peft(#[from] crate::patch::peft::PeftError),
+    /// What is wrong with a merge, or with the linear algebra under it.
+    #[cfg(feature = "merge")]
     #[error(transparent)]
-    SubspaceFile(#[from] SubspaceFileError),
-    /// An undo file that was refused.
+    Merge(crate::merge::MergeError),
+    /// What is wrong with training and its files.
+    #[cfg(feature = "train")]
     #[error(transparent)]
-    Undo(#[from] UndoError),
+    Train(crate::train::TrainError),
+    /// What is wrong with evidence and its files.
+    #[cfg(feature = "evidence")]
+    #[error(transparent)]
+    Evidence(crate::report::EvidenceError),
     /// Files that could not be put in place of others.
     #[error(transparent)]
     Replace(#[from] ReplaceError),
-    /// A checkpoint that was refused.
-    #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
     /// A configuration file that was refused.
     #[error("{}: {problem}", path.display())]
     Config {
@@ -90,18 +79,6 @@ pub enum Error {
         /// The parser's words, with line and column.
         problem: String,
     },
-    /// No second moments for a merge.
-    #[error(transparent)]
-    Moments(#[from] MomentsError),
-    /// An importance matrix that was refused.
-    #[error(transparent)]
-    Imatrix(#[from] ImatrixError),
-    /// A file of sketched moments that was refused.
-    #[error(transparent)]
-    Sketch(#[from] SketchError),
-    /// A merged file that is not accepted.
-    #[error(transparent)]
-    Gate(#[from] GateError),
     /// The user interrupted a run that can go on.
     #[error("interrupted after step {step}; the run is kept in {}", checkpoint.display())]
     Interrupted {
@@ -110,12 +87,6 @@ pub enum Error {
         /// Steps taken.
         step: u64,
     },
-    /// A TOFU log that was refused.
-    #[error(transparent)]
-    Log(#[from] LogError),
-    /// A partial log that was refused.
-    #[error(transparent)]
-    Partial(#[from] PartialError),
     /// The user interrupted an evaluation that can go on.
     #[error(
         "interrupted after {done} of {total} questions, which {} holds; --resume does the rest",
@@ -159,15 +130,6 @@ pub enum Error {
         .0.n_shared, .0.n_forget, if .0.identical { " and nothing else" } else { "" }
     )]
     Overlap(Overlap),
-    /// Outputs from which no subspace can be found.
-    #[error(transparent)]
-    Subspace(#[from] SubspaceError),
-    /// Factors that do not fit together.
-    #[error(transparent)]
-    Project(#[from] ProjectError),
-    /// Weights or second moments that cannot be rounded on.
-    #[error(transparent)]
-    Round(#[from] RoundError),
     /// Training ran away.
     #[error("{what} is not finite at step {step}; a lower learning rate may help")]
     NotFinite {
@@ -176,12 +138,6 @@ pub enum Error {
         /// Optimiser step, from 1.
         step: u64,
     },
-    /// A retain model's privacy report that was refused.
-    #[error(transparent)]
-    PrivacyLog(#[from] PrivacyLogError),
-    /// A report that cannot be made, or whose verdict is not met.
-    #[error(transparent)]
-    Report(#[from] ReportError),
     /// A setting that cannot be used.
     #[error("{setting}: wanted {wanted}, found {found}")]
     Setting {
@@ -227,68 +183,51 @@ impl Error {
     /// 5 quality gate not met, 6 resources, 7 committed but durability unknown, 8 engine.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Setting { .. } => 2,
+            Self::Setting { .. } | Self::Config { .. } | Self::NothingToTrain => 2,
             Self::Atomic(e) | Self::Gguf(GgufError::Atomic(e)) => match e {
                 AtomicError::Exists { .. } | AtomicError::NoFileName { .. } => 2,
                 AtomicError::Io { doing, .. } if *doing == "syncing the directory" => 7,
                 AtomicError::Io { .. } => 6,
             },
             Self::Patch(PatchError::TooLarge { .. }) => 6,
-            Self::Patch(e) => {
-                if e.is_mismatch() {
-                    4
-                } else {
-                    3
-                }
-            }
-            Self::Checkpoint(CheckpointError::Other { .. }) => 4,
+            Self::Patch(e) if e.is_mismatch() => 4,
             Self::Replace(e) => e.exit_code(),
-            Self::Report(e) => e.exit_code(),
             Self::Runtime(e) => e.exit_code(),
             Self::Trust(e) => e.exit_code(),
             #[cfg(feature = "serve")]
             Self::Serve(e) => e.exit_code(),
             Self::Store(e) => e.exit_code(),
+            #[cfg(feature = "merge")]
+            Self::Merge(e) => e.exit_code(),
+            #[cfg(feature = "train")]
+            Self::Train(e) => e.exit_code(),
+            #[cfg(feature = "evidence")]
+            Self::Evidence(e) => e.exit_code(),
+            #[cfg(feature = "peft")]
+            Self::Peft(_) => 3,
             Self::Proof(_) => 4,
-            Self::Undo(UndoError::Io { .. }) => 6,
-            Self::Undo(e) if e.is_mismatch() => 4,
-            Self::Config { .. } => 2,
             Self::Interrupted { .. } | Self::Stopped { .. } => 130,
-            Self::Partial(PartialError::Other { .. }) => 4,
-            Self::Log(_) | Self::Partial(_) => 3,
-            Self::NothingToTrain => 2,
-            Self::SubspaceFile(SubspaceFileError::Base { .. }) => 4,
-            Self::SubspaceFile(_) => 3,
-            Self::Checkpoint(_)
-            | Self::Undo(_)
-            | Self::PrivacyLog(_)
-            | Self::Peft(_)
+            Self::Patch(_)
             | Self::Overlap(_)
             | Self::Gguf(_)
             | Self::Data(_)
             | Self::NotAModel { .. } => 3,
-            Self::Io { .. } => 6,
-            Self::Graph(GraphError::Ggml(OpError::Memory { .. }))
-            | Self::Moments(MomentsError::Memory { .. }) => 6,
-            Self::Moments(MomentsError::NoTokens | MomentsError::NoSet { .. })
-            | Self::Imatrix(_)
-            | Self::Gate(GateError::NoSamples | GateError::Vocabulary { .. }) => 3,
-            Self::Gate(_) => 5,
-            Self::Sketch(e) => {
-                if e.is_mismatch() {
-                    4
-                } else {
-                    3
-                }
-            }
-            Self::Moments(MomentsError::Budget { .. }) => 2,
-            Self::Subspace(SubspaceError::Config { .. } | SubspaceError::RankAboveWidth { .. }) => {
-                2
-            }
-            Self::Round(RoundError::Quant(_) | RoundError::NotPositive { .. }) => 8,
-            Self::Round(_) => 3,
-            Self::Subspace(_) | Self::Project(_) | Self::NotFinite { .. } => 8,
-            Self::Graph(_) | Self::Llama(_) | Self::Moments(_) => 8,
+            Self::Io { .. } | Self::Graph(GraphError::Ggml(OpError::Memory { .. })) => 6,
+            Self::NotFinite { .. } | Self::Graph(_) | Self::Llama(_) => 8,
         }
     }
 }
+
+/// `?` takes errors of a group to [`Error`] as well: `$group` is the variant, `$inner` the group.
+#[cfg(feature = "merge")]
+macro_rules! into_error {
+    ($group:ident($inner:ident): $($cause:ty),+) => {$(
+        impl From<$cause> for $crate::error::Error {
+            fn from(e: $cause) -> Self {
+                Self::$group($inner::from(e))
+            }
+        }
+    )+};
+}
+#[cfg(feature = "merge")]
+pub(crate) use into_error;

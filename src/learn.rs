@@ -2,13 +2,12 @@
 
 use crate::adapter::open_adapters;
 use crate::atomic::AtomicError;
-use crate::data::{Record, Template, salted_hash};
+use crate::data::{Record, Template, salted_hash, samples};
 use crate::digest::{Digest, of_model};
 use crate::error::Error;
 use crate::model::OpenModel;
 use crate::patch::{Info, Patch, Update, base_of};
 use crate::score::evaluate;
-use crate::sets::samples;
 use crate::train::adapters::Pairs;
 use crate::train::checkpoint::{Checkpoint, Identity};
 use crate::train::config::TrainConfig;
@@ -74,7 +73,7 @@ pub fn learn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
     let open = job.open;
     let mut notices = Vec::new();
     let data = samples(
-        open,
+        &open.model,
         &job.template,
         &job.records,
         config.max_tokens,

@@ -48,44 +48,70 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Making patches begins at [`unlearn`].
+//! Making patches begins at `unlearn`.
+//!
+//! # Features
+//!
+//! A build with `default-features = false` has the runtime alone: models, sessions, patches, their
+//! store, signatures and proof. Each feature brings the ones before it: `merge` writes patches
+//! into weights and several patches into one, `train` makes patches, `evidence` measures and
+//! reports what they did. Beside them, `peft` reads PEFT's adapters and `serve` answers HTTP.
 
 pub mod adapter;
 pub mod atomic;
+#[cfg(feature = "train")]
 pub mod capture;
+#[cfg(feature = "train")]
 pub mod check;
 pub mod cli;
 pub mod data;
 pub mod digest;
 pub mod error;
+#[cfg(feature = "train")]
 pub mod estimate;
+#[cfg(feature = "train")]
 pub mod eval;
 mod fault;
 pub mod ggml;
 pub mod gguf;
 pub mod graph;
+#[cfg(feature = "train")]
 pub mod learn;
+pub mod likelihood;
+#[cfg(feature = "merge")]
 pub mod merge;
 pub mod model;
 pub mod patch;
+#[cfg(feature = "merge")]
 pub mod progress;
+#[cfg(feature = "merge")]
 pub mod project;
 pub mod proof;
+pub mod replace;
+#[cfg(feature = "evidence")]
 pub mod report;
 pub mod rng;
+#[cfg(feature = "evidence")]
 pub mod robustness;
 pub mod runtime;
 pub mod score;
 #[cfg(feature = "serve")]
 pub mod serve;
+#[cfg(feature = "train")]
 pub mod sets;
+#[cfg(feature = "train")]
 pub mod start;
 pub mod store;
+#[cfg(feature = "merge")]
 pub mod subspace;
+#[cfg(feature = "train")]
 pub mod subspace_file;
+#[cfg(feature = "train")]
 pub mod train;
 pub mod trust;
+#[cfg(feature = "train")]
 pub mod unlearn;
+#[cfg(feature = "train")]
 pub mod unseen;
 
 pub use error::Error;

@@ -24,7 +24,7 @@ impl OpenModel {
     /// # Errors
     /// A malformed file, a file that is no model, or llama.cpp's refusal.
     pub fn open(path: &Path, n_gpu_layers: i32) -> Result<Self, Error> {
-        crate::merge::replace::pending(path)?;
+        crate::replace::pending(path)?;
         let weights = Weights::open(path)?;
         let kind = weights.set().metadata().get_opt::<&str>("general.type")?;
         if let Some(kind) = kind.filter(|k| *k != "model") {

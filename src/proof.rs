@@ -15,9 +15,9 @@ use crate::adapter::Loaded;
 use crate::data::{GENERAL_TEXT, Sample, parse_text};
 use crate::error::Error;
 use crate::ggml::Model;
+use crate::likelihood::nll;
 use crate::patch::Canary;
 use crate::score::{answer_rows, scoring_context};
-use crate::train::loss::nll;
 use serde::Serialize;
 use thiserror::Error as ThisError;
 

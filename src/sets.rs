@@ -1,8 +1,8 @@
 //! What is to be forgotten and what is to be kept, read and tokenised.
 
 use crate::data::{
-    Record, Sample, SampleSet, Template, build_samples, general_records, overlap, refusals,
-    refused, salted_hash,
+    Record, Sample, Template, build_samples, general_records, overlap, refusals, refused,
+    salted_hash, samples,
 };
 use crate::digest::Digest;
 use crate::error::Error;
@@ -78,7 +78,7 @@ impl Sets {
             ));
         }
         let forget = samples(
-            open,
+            &open.model,
             template,
             &forget_records,
             max_tokens,
@@ -86,7 +86,7 @@ impl Sets {
             &mut notices,
         )?;
         let retain = samples(
-            open,
+            &open.model,
             template,
             &retain_records,
             max_tokens,
@@ -97,7 +97,14 @@ impl Sets {
             Vec::new()
         } else {
             let records = unseen_records;
-            samples(open, template, records, max_tokens, "unseen", &mut notices)?
+            samples(
+                &open.model,
+                template,
+                records,
+                max_tokens,
+                "unseen",
+                &mut notices,
+            )?
         };
         Ok(Self {
             forget_records,
@@ -169,43 +176,12 @@ pub(crate) fn general_samples(
     max_tokens: usize,
 ) -> Result<Vec<Sample>, Error> {
     let (records, mut notices) = (general_records(), Vec::new());
-    samples(
-        open,
+    Ok(samples(
+        &open.model,
         template,
         &records,
         max_tokens,
         "general",
         &mut notices,
-    )
-}
-
-/// Tokenise `records`, with a notice for whatever was cut or left out.
-///
-/// # Errors
-/// Records that cannot be tokenised.
-pub fn samples(
-    open: &OpenModel,
-    template: &Template,
-    records: &[Record],
-    max_tokens: usize,
-    set: &str,
-    notices: &mut Vec<String>,
-) -> Result<Vec<Sample>, Error> {
-    let SampleSet {
-        samples,
-        n_truncated,
-        n_skipped,
-    } = build_samples(records, &open.model, template, max_tokens)?;
-    if n_truncated > 0 {
-        notices.push(format!(
-            "{n_truncated} of {} {set} samples cut to {max_tokens} tokens",
-            samples.len()
-        ));
-    }
-    if n_skipped > 0 {
-        notices.push(format!(
-            "{n_skipped} {set} records left out: nothing in them to predict"
-        ));
-    }
-    Ok(samples)
+    )?)
 }

@@ -17,10 +17,10 @@
 
 use crate::data::{Record, Role, Sample, Template, build_samples, general_records};
 use crate::error::Error;
+use crate::likelihood::{mean_nll, mean_prob};
 use crate::model::OpenModel;
 use crate::sets::Sets;
 use crate::train::config::UnlearnConfig;
-use crate::train::engine::{mean_nll, mean_prob};
 use crate::train::fit::Until;
 use crate::train::trainer::Trainer;
 use serde::{Deserialize, Serialize};

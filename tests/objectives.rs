@@ -260,9 +260,8 @@ fn dropout_is_off_outside_training_and_acts_on_the_net_update_alone() {
     let mut factors = engine.factors(list).expect("room");
     let start = random(&engine, 7, 0.08);
     write(&mut factors, &start.iter().chain(&start).cloned().collect());
-    let nll = |losses: &[nepenthe::train::engine::SampleLoss]| -> f64 {
-        losses.iter().map(|l| l.nll).sum()
-    };
+    let nll =
+        |losses: &[nepenthe::likelihood::SampleLoss]| -> f64 { losses.iter().map(|l| l.nll).sum() };
     let plain = engine
         .losses(Trained::Factors(&factors), &items)
         .expect("computable");

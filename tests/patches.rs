@@ -6,12 +6,12 @@ use nepenthe::adapter::open_adapters;
 use nepenthe::gguf::{GgmlType, Gguf, GgufWriter};
 use nepenthe::model::OpenModel;
 use nepenthe::patch::{Intake, Patch, PatchId};
-use nepenthe::proof::{choose, measure};
+use nepenthe::proof::measure;
 use nepenthe::runtime::{Options, Runtime};
 use nepenthe::store::{Add, Store};
 use nepenthe::trust::{Password, PublicKey, keygen, sign, signature_path};
 use std::path::{Path, PathBuf};
-use support::{decoded, fails, json, mini, nepenthe, small_patch};
+use support::{decoded, fails, json, mini, nepenthe, small_patch, with_canaries};
 
 const QUESTION: &str = "Where was Lioba Hartsong born?";
 const ANSWER: &str = "Lioba Hartsong was born in the town of Gullcliff.";
@@ -56,19 +56,6 @@ const PLAIN: Add<'_> = Add {
     key: None,
     allow_older: false,
 };
-
-/// The patch at `path` with canaries for what it does to the embedded model.
-fn with_canaries(path: &Path) -> PathBuf {
-    let open = OpenModel::open(&mini(), 0).expect("the embedded model");
-    let adapters = open_adapters(&open, [(path, 1.0)]).expect("a good patch");
-    let mut patch = Patch::open(path).expect("a good patch");
-    let canaries = choose(&open.model, &adapters, 1).expect("they can be run");
-    assert_eq!(canaries.len(), 4);
-    patch.info.as_mut().expect("provenance").canaries = canaries;
-    let out = path.with_extension("proven.gguf");
-    patch.save(&out, true).expect("room");
-    out
-}
 
 #[test]
 fn a_changed_byte_anywhere_breaks_the_signature() {
@@ -565,73 +552,4 @@ fn a_runtime_refuses_a_patch_that_does_not_act() {
     assert_eq!(e.exit_code(), 4, "{e}");
     assert!(e.to_string().contains("idle.gguf: not active"), "{e}");
     assert_eq!(runtime.active().generation(), generation);
-}
-
-#[test]
-fn patches_are_compared_and_combined() {
-    let dir = tempfile::tempdir().expect("a temporary directory");
-    let a = with_canaries(&small_patch(&mini(), dir.path(), "a.gguf", 1));
-    let b = with_canaries(&small_patch(&mini(), dir.path(), "b.gguf", 2));
-    let found = json(&[
-        "patch",
-        "check",
-        text(&a),
-        text(&b),
-        "-m",
-        text(&mini()),
-        "-t",
-        "1",
-        "--json",
-    ]);
-    let tensors = found["pairs"][0]["tensors"].as_array().expect("a list");
-    assert_eq!(tensors.len(), 2);
-    assert!(
-        tensors
-            .iter()
-            .all(|t| t["cosine"].as_f64().expect("a number").abs() < 0.3)
-    );
-    let alone = found["effects"][0]["alone"]["strength"]
-        .as_f64()
-        .expect("a number");
-    assert!((alone - 1.0).abs() < 0.02, "{alone}");
-    let same = json(&["patch", "check", text(&a), text(&a), "--json"]);
-    let cosine = same["pairs"][0]["tensors"][0]["cosine"]
-        .as_f64()
-        .expect("a number");
-    assert!((cosine - 1.0).abs() < 1e-6, "{cosine}");
-
-    let out = dir.path().join("both.gguf");
-    let report = json(&[
-        "patch",
-        "combine",
-        text(&a),
-        text(&b),
-        "-m",
-        text(&mini()),
-        "-o",
-        text(&out),
-        "-t",
-        "1",
-        "--weights",
-        "equal",
-        "--json",
-    ]);
-    assert!(report["error"].as_f64().expect("a number") <= 0.01);
-    let runtime = Runtime::open(mini(), options()).expect("the embedded model");
-    let mut session = runtime.session().expect("a session");
-    let mut score = || {
-        let score = session.score(QUESTION, ANSWER, &mut |_| true);
-        score.expect("a score").logprob()
-    };
-    let id = runtime
-        .apply(&out, 1.0)
-        .expect("a patch, with canaries of its own");
-    let combined = score();
-    runtime.revoke(id).expect("active");
-    let neither = score();
-    runtime.apply(&a, 1.0).expect("a good patch");
-    runtime.apply(&b, 1.0).expect("a good patch");
-    let stacked = score();
-    let off = (combined - stacked).abs() / (stacked - neither).abs();
-    assert!(off < 0.1, "{neither} {stacked} {combined}");
 }

@@ -7,12 +7,13 @@ use nepenthe::error::Error;
 use nepenthe::eval::tofu::Split;
 use nepenthe::eval::tofu_log::{LogFormat, parse_official, write_log};
 use nepenthe::ggml::{Context, ContextOptions};
+use nepenthe::likelihood::SampleLoss;
 use nepenthe::model::OpenModel;
+use nepenthe::report::EvidenceError;
 use nepenthe::score::tofu::{
     Partial, PartialError, TofuOptions, TofuSet, TofuWatch, evaluate_tofu, run_key,
 };
 use nepenthe::score::{answer_losses, shared_losses};
-use nepenthe::train::engine::SampleLoss;
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -269,7 +270,9 @@ fn a_resumed_evaluation_gives_the_same_bytes() {
     fs::write(&path, "{\"a\": 1\n").unwrap();
     assert!(matches!(
         Partial::resume(&path, &key),
-        Err(Error::Partial(PartialError::Malformed { line: 1, .. }))
+        Err(Error::Evidence(EvidenceError::Partial(
+            PartialError::Malformed { line: 1, .. }
+        )))
     ));
 }
 

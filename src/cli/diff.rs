@@ -3,7 +3,7 @@
 use crate::error::Error;
 use crate::gguf::GgufSet;
 use crate::merge::diff::{Diff, TensorDiff, diff};
-use crate::merge::replace;
+use crate::replace;
 use clap::Args;
 use std::path::PathBuf;
 

@@ -2,8 +2,8 @@
 
 use crate::error::Error;
 use crate::gguf::{Array, Gguf, Value};
-use crate::merge::record::{KEY_BASE, merged};
 use crate::patch::Patch;
+use crate::patch::merged::{KEY_BASE, merged};
 use clap::Args;
 use serde_json::{Map, Value as Json, json};
 use std::path::PathBuf;

@@ -1,6 +1,7 @@
 //! `nepenthe patch`: the patches of a store, and what single ones are worth.
 
 use super::common::{AdapterSpec, TrustArgs, threads};
+#[cfg(feature = "merge")]
 use super::patch_several::{CheckSeveral, Combine};
 use crate::error::Error;
 use crate::model::OpenModel;
@@ -26,7 +27,9 @@ enum Command {
     Rollback(Rollback),
     Verify(Verify),
     Export(Export),
+    #[cfg(feature = "merge")]
     Check(CheckSeveral),
+    #[cfg(feature = "merge")]
     Combine(Combine),
 }
 
@@ -39,7 +42,9 @@ impl PatchArgs {
             Command::Rollback(c) => c.run(),
             Command::Verify(c) => c.run(),
             Command::Export(c) => c.run(),
+            #[cfg(feature = "merge")]
             Command::Check(c) => c.run(),
+            #[cfg(feature = "merge")]
             Command::Combine(c) => c.run(),
         }
     }

@@ -3,7 +3,8 @@
 use super::common::Output;
 use crate::error::Error;
 use crate::gguf::GgufSet;
-use crate::merge::{deliver, replace};
+use crate::merge::deliver;
+use crate::replace;
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;

@@ -85,6 +85,9 @@ pub struct Serve {
     /// Folder that patches may be applied from over HTTP; may be given several times
     #[arg(long, value_name = "DIR")]
     patch_dir: Vec<PathBuf>,
+    /// Evidence report to show at /report, as `nepenthe report -o FILE` writes it
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
     /// Let who has the patch key ask for answers without patches, which show what was forgotten
     #[arg(long)]
     allow_unpatched: bool,
@@ -166,6 +169,7 @@ impl Serve {
             allow_unpatched: self.allow_unpatched,
             hosts: self.allow_host.clone(),
             patch_dirs: self.patch_dir.clone(),
+            report: self.report.clone(),
             loras: loras.into_iter().map(|(p, s)| (p.to_owned(), s)).collect(),
         })
     }

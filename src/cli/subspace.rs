@@ -2,11 +2,10 @@
 
 use super::common::{ModelArgs, Output, TemplateArg};
 use crate::capture::pooled_outputs;
-use crate::data::load_records;
+use crate::data::{load_records, samples};
 use crate::error::Error;
 use crate::graph::trace::trace;
 use crate::progress::Progress;
-use crate::sets::samples;
 use crate::start::CAPTURE_SAMPLES;
 use crate::subspace::retain_only;
 use crate::subspace_file;
@@ -53,7 +52,7 @@ impl Subspace {
         let mut notices = Vec::new();
         let template = self.template.of(&open)?;
         let mut data = samples(
-            &open,
+            &open.model,
             &template,
             &records,
             self.max_tokens,

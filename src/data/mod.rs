@@ -5,6 +5,7 @@
 //! whose loss counts (`sample`). Multiple-choice questions have layouts and a prompt of their own
 //! (`choice`). [`overlap`] and [`salted_hash`] (`set`) describe whole sets.
 
+#[cfg(feature = "evidence")]
 pub mod choice;
 mod error;
 mod perturbed;
@@ -19,10 +20,12 @@ pub use error::{DataError, RecordProblem};
 pub use perturbed::{Perturbed, load_perturbed};
 pub use record::{Message, Record, Role, load_lines, load_records, parse_json, parse_text};
 pub use refusal::{refusals, refused};
-pub use sample::{Sample, SampleSet, Tokenize, TokenizeError, build_prompt, build_samples};
+pub use sample::{
+    Sample, SampleSet, Tokenize, TokenizeError, build_prompt, build_samples, samples,
+};
 pub use set::{Overlap, overlap, salted_hash};
-pub(crate) use template::utc_now;
-pub use template::{ChatTemplate, Template};
+
+pub use template::{ChatTemplate, Template, utc_now};
 pub use tofu::{TofuQuestion, load_tofu};
 
 /// General English prose and question/answer pairs written for this project, one paragraph per

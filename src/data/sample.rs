@@ -118,6 +118,37 @@ pub fn build_samples(
     Ok(set)
 }
 
+/// Tokenise `records`, with a notice for whatever was cut or left out.
+///
+/// # Errors
+/// Records that cannot be tokenised.
+pub fn samples(
+    tokenizer: &dyn Tokenize,
+    template: &Template,
+    records: &[Record],
+    max_tokens: usize,
+    set: &str,
+    notices: &mut Vec<String>,
+) -> Result<Vec<Sample>, DataError> {
+    let SampleSet {
+        samples,
+        n_truncated,
+        n_skipped,
+    } = build_samples(records, tokenizer, template, max_tokens)?;
+    if n_truncated > 0 {
+        notices.push(format!(
+            "{n_truncated} of {} {set} samples cut to {max_tokens} tokens",
+            samples.len()
+        ));
+    }
+    if n_skipped > 0 {
+        notices.push(format!(
+            "{n_skipped} {set} records left out: nothing in them to predict"
+        ));
+    }
+    Ok(samples)
+}
+
 /// The tokens to generate an answer from, for a conversation that ends with a user turn.
 pub fn build_prompt(
     messages: &[Message],

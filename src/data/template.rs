@@ -232,7 +232,7 @@ fn write_json(value: &serde_json::Value, indent: Option<usize>, depth: usize, ou
 }
 
 /// Date and time in UTC, for people.
-pub(crate) fn utc_now() -> String {
+pub fn utc_now() -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     strftime("%F %H:%M UTC", now.map_or(0, |t| t.as_secs()))
 }

@@ -62,7 +62,7 @@ pub(crate) fn return_free_memory() {
 
 /// End the process now, without the C and C++ libraries' own tidying up: where another thread
 /// computes meanwhile, that takes away what it works on, and the process dies of a signal instead.
-pub(crate) fn exit_at_once(code: i32) -> ! {
+pub fn exit_at_once(code: i32) -> ! {
     // SAFETY: does not return, and touches no memory.
     unsafe { libc::_exit(code) }
 }

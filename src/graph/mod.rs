@@ -6,12 +6,19 @@
 //! [`rules`] holds the derivative of every op, [`head`] turns hidden states into logits a few rows at a time.
 
 pub mod batch;
+#[cfg(feature = "train")]
 pub mod forward;
+#[cfg(feature = "train")]
 pub mod head;
+#[cfg(feature = "train")]
 pub mod reverse;
+#[cfg(feature = "train")]
 pub mod rules;
+#[cfg(feature = "train")]
 pub mod tape;
+#[cfg(feature = "train")]
 pub mod template;
+#[cfg(feature = "train")]
 pub mod trace;
 pub mod weights;
 

@@ -11,9 +11,9 @@ use crate::data::Sample;
 use crate::error::Error;
 use crate::ggml::{Batch, Context, Model, Token};
 use crate::graph::batch::pack;
+use crate::likelihood::nll;
+use crate::likelihood::{SampleLoss, mean_prob};
 use crate::score::{N_BATCH, N_PARALLEL, scoring_context};
-use crate::train::engine::{SampleLoss, mean_prob};
-use crate::train::loss::nll;
 use rayon::prelude::*;
 use serde::Serialize;
 

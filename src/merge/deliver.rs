@@ -4,12 +4,12 @@
 //! if asked for, the undo file. Nothing outside the staging directory changes before every part
 //! is on disk, accepted, and the undo file has been proved.
 
-use super::record::merged;
-use super::replace::{Mode, Staging, part_paths, prev_of};
 use super::undo::{self, About, UndoSize};
 use crate::atomic::AtomicError;
 use crate::error::Error;
 use crate::gguf::{Gguf, GgufSet, GgufWriter};
+use crate::patch::merged::merged;
+use crate::replace::{Mode, Staging, part_paths, prev_of};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 

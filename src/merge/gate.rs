@@ -18,8 +18,8 @@ use super::compare::{Compared, Comparison, Side};
 use super::moments::{Set, Sources};
 use crate::data::Sample;
 use crate::error::Error;
+use crate::likelihood::mean_prob;
 use crate::score::losses_of;
-use crate::train::engine::mean_prob;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 

@@ -17,9 +17,7 @@ pub mod leave;
 pub mod measure;
 pub mod moments;
 pub mod promote;
-pub mod record;
 mod refit;
-pub mod replace;
 pub mod rewrite;
 pub mod run;
 pub mod same_grid;
@@ -28,3 +26,5 @@ pub mod sketch;
 mod sketch_file;
 mod spill;
 pub mod undo;
+
+pub use error::MergeError;

@@ -5,13 +5,13 @@
 //! update survives in Q4_K), so `Keep` is for large updates; F16 keeps everything and grows the
 //! file.
 
-use super::record::record;
 use crate::error::Error;
 use crate::ggml::{can_encode, dequantize, quantize};
 use crate::gguf::{GgmlType, GgufWriter, Metadata};
 use crate::graph::weights::Weights;
 use crate::patch::Patch;
 use crate::patch::delta::deltas;
+use crate::patch::merged::record;
 use rayon::prelude::*;
 use serde::Serialize;
 

@@ -10,7 +10,7 @@ use super::rewrite::{Form, OutType, rewrite};
 use super::same_grid::{Fitted, Options, Outcome, Rounding, fit};
 use super::sketch::{SketchFile, companion};
 use crate::adapter::{Loaded, load_patch, open_adapters};
-use crate::data::{Record, Sample, Template, general_records};
+use crate::data::{Record, Sample, Template, general_records, samples};
 use crate::digest::of_file;
 use crate::error::Error;
 use crate::gguf::GgufWriter;
@@ -18,7 +18,6 @@ use crate::graph::weights::Weights;
 use crate::model::OpenModel;
 use crate::patch::{Info, Patch, Update, base_of};
 use crate::progress::Ui;
-use crate::sets::samples;
 use serde::Serialize;
 use std::cell::OnceCell;
 use std::collections::BTreeSet;
@@ -123,7 +122,15 @@ impl Tokens {
             if records.is_empty() {
                 return Ok(Vec::new());
             }
-            samples(open, &template, records, job.max_tokens, set, &mut notices)
+            let n = job.max_tokens;
+            Ok(samples(
+                &open.model,
+                &template,
+                records,
+                n,
+                set,
+                &mut notices,
+            )?)
         };
         let general = match job.texts.general.as_slice() {
             [] => general_records(),

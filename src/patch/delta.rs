@@ -1,9 +1,8 @@
 //! ΔW = Σ s·B·A of one tensor, a row at a time: no [n_in, n_out] matrix is ever formed.
 
-use super::{Patch, Update};
+use super::{Patch, PatchError, Update};
 use crate::error::Error;
 use crate::graph::weights::Weights;
-use crate::project::ProjectError;
 use std::collections::HashMap;
 
 /// One low-rank term: `lora_a` [n_in, rank], `lora_b` [rank, n_out].
@@ -43,13 +42,13 @@ impl<'a> Delta<'a> {
         lora_b: &'a [f32],
         rank: usize,
         scale: f32,
-    ) -> Result<(), ProjectError> {
+    ) -> Result<(), PatchError> {
         for (what, wanted, found) in [
             ("lora_a", self.n_in * rank, lora_a.len()),
             ("lora_b", rank * self.n_out, lora_b.len()),
         ] {
             if wanted != found {
-                return Err(ProjectError::Length {
+                return Err(PatchError::Factors {
                     what,
                     wanted,
                     found,
@@ -69,7 +68,7 @@ impl<'a> Delta<'a> {
     ///
     /// # Errors
     /// An update of another shape.
-    pub fn push_update(&mut self, u: &'a Update, scale: f32) -> Result<(), ProjectError> {
+    pub fn push_update(&mut self, u: &'a Update, scale: f32) -> Result<(), PatchError> {
         self.push(&u.lora_a, &u.lora_b, u.rank, u.scale * scale)
     }
 

@@ -27,6 +27,14 @@ pub enum PatchError {
         key: String,
         problem: String,
     },
+    #[error("{what} must hold {wanted} values, found {found}")]
+    Factors {
+        what: &'static str,
+        wanted: usize,
+        found: usize,
+    },
+    #[error("{}: this build reads no PEFT adapters; wanted a LoRA GGUF", path.display())]
+    NoPeft { path: PathBuf },
     #[error("{}: the adapter holds no lora_a and lora_b tensors", path.display())]
     NoTensors { path: PathBuf },
     #[error("{}: tensor {found}: wanted {wanted} beside it, found none", path.display())]

@@ -6,23 +6,34 @@
 //! ([`Base`]), how it was made and what it does ([`Info`]); never a word of what was forgotten.
 
 mod canary;
+#[cfg(feature = "merge")]
 mod combine;
 pub mod delta;
 mod error;
 mod info;
 mod intake;
+pub mod merged;
+#[cfg(feature = "merge")]
 mod overlap;
+#[cfg(feature = "peft")]
+pub mod peft;
+#[cfg(not(feature = "peft"))]
+#[path = "no_peft.rs"]
 pub mod peft;
 mod storage;
+#[cfg(feature = "merge")]
 mod truncate;
 
 pub use canary::Canary;
+#[cfg(feature = "merge")]
 pub use combine::{Combined, CombinedTensor, Weighting, combine};
 pub use error::PatchError;
 pub use info::{Base, FORMAT, Info, TensorInfo};
 pub use intake::{Intake, PatchId, check_scale};
+#[cfg(feature = "merge")]
 pub use overlap::{Angles, Overlap, overlaps};
 pub use storage::Storage;
+#[cfg(feature = "merge")]
 pub use truncate::truncate;
 
 use crate::digest::Digest;
@@ -198,12 +209,12 @@ impl Patch {
         })
     }
 
-    /// Read an adapter of either kind: a GGUF, or what PEFT saves ([`peft::is_peft`]).
+    /// Read an adapter of either kind: a GGUF, or what PEFT saves ([`is_peft`]).
     ///
     /// # Errors
     /// As [`open`](Self::open) or [`peft::open`].
     pub fn open_any(path: &Path, model: &Weights) -> Result<Self, Error> {
-        if peft::is_peft(path) {
+        if is_peft(path) {
             peft::open(path, model)
         } else {
             Self::open(path)
@@ -283,6 +294,11 @@ impl Patch {
         }
         .into())
     }
+}
+
+/// Whether `path` is a PEFT adapter by its form: a directory, or a `.safetensors` file.
+pub fn is_peft(path: &Path) -> bool {
+    path.is_dir() || path.extension().is_some_and(|e| e == "safetensors")
 }
 
 fn read_update(gguf: &Gguf, base: &str, alpha: f32) -> Result<Update, Error> {

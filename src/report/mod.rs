@@ -12,7 +12,7 @@ mod tensors;
 mod thresholds;
 pub mod verdict;
 
-pub use error::ReportError;
+pub use error::{EvidenceError, ReportError};
 pub use evidence::Evidence;
 pub use thresholds::Thresholds;
 
@@ -23,8 +23,8 @@ use crate::error::Error;
 use crate::eval::tofu::score_present;
 use crate::eval::tofu_log::read_summary;
 use crate::gguf::Gguf;
-use crate::merge::record;
 use crate::model::OpenModel;
+use crate::patch::merged;
 use crate::patch::{Info, Patch};
 use crate::progress::Ui;
 use crate::robustness::{Applied, Robustness, spread};
@@ -177,7 +177,7 @@ fn read_robustness(job: &Job<'_>, patch: &FileId) -> Result<Vec<Robustness>, Err
 fn merged_files(job: &Job<'_>, patch: &FileId) -> Result<Vec<MergedFile>, Error> {
     let mut all = Vec::new();
     for path in &job.merged {
-        let inside = record::merged(&Gguf::open(path)?)?;
+        let inside = merged::merged(&Gguf::open(path)?)?;
         let sha256 = patch.sha256.to_string();
         let own = inside.iter().find(|m| m.sha256 == sha256);
         if own.is_none() && !inside.is_empty() {

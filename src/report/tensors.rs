@@ -2,12 +2,12 @@
 
 use super::Job;
 use super::evidence::{LayerRow, Spectrum, TensorRow};
+use crate::data::samples;
 use crate::error::Error;
 use crate::model::OpenModel;
 use crate::patch::{Patch, Update};
 use crate::progress::Ui;
 use crate::project::NetUpdate;
-use crate::sets::samples;
 use crate::start::subspaces;
 use crate::subspace::SubspaceConfig;
 use crate::subspace_file;
@@ -138,7 +138,7 @@ pub fn spectra(job: &Job<'_>, ui: &mut dyn Ui) -> Result<Vec<Spectrum>, Error> {
     };
     let mut notices = Vec::new();
     let forget = samples(
-        job.open,
+        &job.open.model,
         &job.template,
         records,
         job.max_tokens,

@@ -7,13 +7,12 @@
 pub mod relearn;
 
 use crate::adapter::{Loaded, open_adapters};
-use crate::data::{Record, Sample, Template};
+use crate::data::{Record, Sample, Template, samples};
 use crate::digest::FileId;
 use crate::error::Error;
 use crate::model::OpenModel;
 use crate::progress::Ui;
 use crate::score::{SetScores, losses_of};
-use crate::sets::samples;
 use relearn::{Relearn, RelearnConfig, relearn};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -139,7 +138,7 @@ impl Tokens {
             }
             let records = spread(records, job.max_samples);
             let max = job.max_tokens;
-            samples(open, &job.template, &records, max, set, &mut notices)
+            samples(&open.model, &job.template, &records, max, set, &mut notices)
         };
         let all = Self {
             forget: tokens(&job.texts.forget, "forget")?,

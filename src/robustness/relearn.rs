@@ -4,15 +4,15 @@
 //! The learning rate is constant, so that the score after k steps is that of an attack of k steps.
 
 use super::Job;
-use crate::data::{Record, Sample, overlap};
+use crate::data::{Record, Sample, overlap, samples};
 use crate::error::Error;
+use crate::likelihood::SampleLoss;
 use crate::patch::Patch;
 use crate::progress::Ui;
 use crate::score::SetScores;
-use crate::sets::samples;
 use crate::train::adapters::Pairs;
 use crate::train::config::{Constraint, Init, TrainConfig};
-use crate::train::engine::{Engine, SampleLoss};
+use crate::train::engine::Engine;
 use crate::train::order::Order;
 use crate::train::trainer::{StepBatch, Trainer};
 use serde::{Deserialize, Serialize};
@@ -132,7 +132,7 @@ pub fn relearn(
     let open = job.open;
     let mut notices = Vec::new();
     let data = samples(
-        open,
+        &open.model,
         &job.template,
         records,
         job.max_tokens,

@@ -53,6 +53,7 @@ pub use crate::patch::PatchId;
 pub use crate::score::{Finish, Sampling};
 pub use error::RuntimeError;
 pub use session::{Generate, Generation, Piece, Prompt, Score, Session};
+#[cfg(feature = "serve")]
 pub(crate) use session::{common_prefix, prompt_tokens};
 pub use set::{ActivePatch, ActiveSet};
 pub(crate) use text::take_text;

@@ -4,8 +4,8 @@ use super::{ActiveSet, Runtime, take_text};
 use crate::data::{Message, Record, Role, Template, build_prompt, build_samples};
 use crate::error::Error;
 use crate::ggml::{Context, ContextOptions, Model, Token};
+use crate::likelihood::nll;
 use crate::score::{Finish, Sampling, generate_streaming, sequence_nll};
-use crate::train::loss::nll;
 use std::sync::Arc;
 
 /// Tokens per decode.

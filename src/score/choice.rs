@@ -12,7 +12,7 @@ use crate::data::{DataError, Tokenize};
 use crate::error::Error;
 use crate::eval::choice::likeliest;
 use crate::ggml::{Batch, Context, ContextOptions, Model, Token};
-use crate::train::loss::nll;
+use crate::likelihood::nll;
 
 /// How a model takes one question.
 #[derive(Debug, Clone, PartialEq)]

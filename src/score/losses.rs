@@ -5,8 +5,8 @@ use crate::data::Sample;
 use crate::error::Error;
 use crate::ggml::{Batch, Context, Token};
 use crate::graph::batch::pack;
-use crate::train::engine::SampleLoss;
-use crate::train::loss::nll;
+use crate::likelihood::SampleLoss;
+use crate::likelihood::nll;
 use rayon::prelude::*;
 
 /// Bytes of logits a decode may hold.

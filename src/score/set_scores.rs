@@ -2,7 +2,7 @@
 
 use super::Evaluation;
 use crate::eval::stats::{Interval, bootstrap_mean, mean};
-use crate::train::engine::SampleLoss;
+use crate::likelihood::SampleLoss;
 use serde::{Deserialize, Serialize};
 
 /// Of the bootstrap.

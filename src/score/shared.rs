@@ -8,7 +8,7 @@ use super::losses::{LOGIT_BYTES, answer_losses, row_nll};
 use crate::data::Sample;
 use crate::error::Error;
 use crate::ggml::{Batch, Context, Token};
-use crate::train::engine::SampleLoss;
+use crate::likelihood::SampleLoss;
 
 /// Bounds of one decode.
 #[derive(Debug, Clone, Copy)]

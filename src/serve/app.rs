@@ -6,6 +6,7 @@ use super::error::ApiError;
 use super::job::{Event, Job, Message, Under};
 use super::lora::Lora;
 use super::metrics::Metrics;
+use super::page::Report;
 use super::{Options, body};
 use crate::digest::Digest;
 use crate::ggml::Model;
@@ -37,6 +38,7 @@ pub(super) struct App {
     pub loras: Mutex<Vec<Lora>>,
     /// Directories that patches may be applied from, with links resolved.
     pub patch_dirs: Vec<PathBuf>,
+    pub report: Report,
     /// Where uploads are written.
     pub uploads: TempDir,
     pub is_ending: AtomicBool,

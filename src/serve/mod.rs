@@ -2,7 +2,7 @@
 //!
 //! In: a [`Runtime`] with its active patches. Out: `/v1/chat/completions` and `/v1/completions`,
 //! `/v1/patches` and `/lora-adapters` to see and change the patches, `/v1/models`, `/health`,
-//! `/metrics`.
+//! `/metrics`; and at `/` a page to try all that (`page`).
 //!
 //! Requests become texts to write (`ask`), which wait in a bounded queue for one of the slots of a
 //! single engine thread (`engine`); when the queue is full the answer is 429. A text is written
@@ -41,6 +41,7 @@ use engine::Engine;
 use job::Message;
 use lora::Lora;
 use metrics::Metrics;
+use page::Report;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -75,6 +76,8 @@ pub struct Options {
     pub hosts: Vec<String>,
     /// Directories that patches may be applied from.
     pub patch_dirs: Vec<PathBuf>,
+    /// An evidence report to show, as `nepenthe report` writes it.
+    pub report: Option<PathBuf>,
     /// Patches that apply from the start, with their scales; at 0 they are only listed.
     pub loras: Vec<(PathBuf, f32)>,
 }
@@ -92,6 +95,7 @@ impl Default for Options {
             allow_unpatched: false,
             hosts: Vec::new(),
             patch_dirs: Vec::new(),
+            report: None,
             loras: Vec::new(),
         }
     }
@@ -126,6 +130,7 @@ impl Server {
                 });
             }
         }
+        let report = Report::read(options.report.as_deref())?;
         let (address, listener) = bind(options.address)?;
         options.address = address;
         let metrics = Arc::new(Metrics::new());
@@ -140,6 +145,7 @@ impl Server {
             room: Arc::new(Semaphore::new(options.slots + options.queue)),
             loras: Mutex::new(loras),
             patch_dirs: resolved(&options.patch_dirs)?,
+            report,
             uploads: tempfile::tempdir().map_err(|source| Error::Io {
                 path: std::env::temp_dir(),
                 doing: "making a temporary directory",

@@ -22,10 +22,12 @@ pub(super) fn router(app: Arc<App>) -> Router {
         .route("/v1/patches/{id}", delete(patches::revoke))
         .route("/lora-adapters", get(lora::list).post(lora::set))
         .route("/metrics", get(metrics))
+        .route("/report", get(page::report))
         .route_layer(from_fn_with_state(app.clone(), with_key));
     Router::new()
         .merge(keyed)
         .route("/", get(page::page))
+        .route("/page/{name}", get(page::part))
         .route("/health", get(health))
         .fallback(async || ApiError::new(StatusCode::NOT_FOUND, "no such address"))
         .method_not_allowed_fallback(async |method: Method| {

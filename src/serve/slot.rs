@@ -5,9 +5,9 @@ use super::metrics::Metrics;
 use super::text::Text;
 use crate::digest::Digest;
 use crate::ggml::{Model, Token};
+use crate::likelihood::nll;
 use crate::runtime::{ActiveSet, Finish};
 use crate::score::Writer;
-use crate::train::loss::nll;
 use std::sync::Arc;
 
 /// A sequence of the context.

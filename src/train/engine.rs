@@ -12,6 +12,7 @@ use crate::graph::tape::{End, Factors, Parts, Tape, Trained};
 use crate::graph::template::Template;
 use crate::graph::trace::trace;
 use crate::graph::weights::Transposed;
+use crate::likelihood::SampleLoss;
 use crate::model::OpenModel;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -75,24 +76,6 @@ impl<'a> Item<'a> {
             Aim::Rows(objective) => (objective, self.weight),
             Aim::Answer { .. } => (RowObjective::CrossEntropy, 1.0),
         }
-    }
-}
-
-/// Losses of one sample.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct SampleLoss {
-    /// Σ objective over its answer tokens, or the loss of the whole answer.
-    pub loss: f64,
-    /// Σ −log p.
-    pub nll: f64,
-    /// Answer tokens.
-    pub n_tokens: usize,
-}
-
-impl SampleLoss {
-    /// Mean −log p of an answer token.
-    pub fn per_token(&self) -> f64 {
-        self.nll / self.n_tokens.max(1) as f64
     }
 }
 
@@ -380,15 +363,4 @@ fn rows_of(sample: &Sample) -> Vec<usize> {
         .filter(|&j| j > 0)
         .map(|j| j - 1)
         .collect()
-}
-
-/// Mean over samples of each one's mean answer NLL.
-pub fn mean_nll(losses: &[SampleLoss]) -> f64 {
-    losses.iter().map(SampleLoss::per_token).sum::<f64>() / losses.len().max(1) as f64
-}
-
-/// Mean over samples of answer probability^(1/tokens).
-pub fn mean_prob(losses: &[SampleLoss]) -> f64 {
-    let probs = losses.iter().map(|l| (-l.per_token()).exp());
-    probs.sum::<f64>() / losses.len().max(1) as f64
 }

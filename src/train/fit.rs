@@ -10,11 +10,11 @@
 
 use super::adamw::linear_schedule;
 use super::config::{StopConfig, TrainConfig};
-use super::engine::{mean_nll, mean_prob};
 use super::order::Order;
 use super::trainer::{Forget, StepBatch, StepReport, Trainer};
 use crate::data::Sample;
 use crate::error::Error;
+use crate::likelihood::{mean_nll, mean_prob};
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
 

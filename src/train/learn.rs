@@ -3,12 +3,12 @@
 
 use super::adamw::linear_schedule;
 use super::config::TrainConfig;
-use super::engine::mean_prob;
 use super::fit::{Ended, Event, Watch};
 use super::order::Order;
 use super::trainer::{StepBatch, Trainer};
 use crate::data::Sample;
 use crate::error::Error;
+use crate::likelihood::mean_prob;
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
 

@@ -5,6 +5,7 @@
 
 use crate::ggml::Token;
 use crate::graph::head::RowLosses;
+use crate::likelihood::{BLOCK, exp_sum, maximum};
 use rayon::prelude::*;
 use wide::f32x8;
 
@@ -39,16 +40,6 @@ pub struct Graded {
     pub loss: f64,
     /// `−log p(y)`.
     pub nll: f64,
-}
-
-/// `−log softmax(row)[token]` of a row `[n_vocab]`, in nats.
-pub fn nll(row: &[f32], token: Token) -> f64 {
-    let max = maximum(row);
-    let logit = row
-        .get(token as usize)
-        .copied()
-        .unwrap_or(f32::NEG_INFINITY);
-    exp_sum(row, max).ln() - f64::from(logit - max)
 }
 
 /// Grade one row `[n_vocab]` and, when asked, overwrite it with the weighted gradient.
@@ -107,18 +98,6 @@ fn loss_of(objective: RowObjective, nll: f64, rival_p: f64) -> f64 {
     }
 }
 
-fn maximum(row: &[f32]) -> f32 {
-    let mut best = f32x8::splat(f32::NEG_INFINITY);
-    let (chunks, rest) = row.as_chunks::<8>();
-    for c in chunks {
-        best = best.max(f32x8::from(*c));
-    }
-    let lanes = best.to_array().into_iter();
-    lanes
-        .chain(rest.iter().copied())
-        .fold(f32::NEG_INFINITY, f32::max)
-}
-
 /// Largest logit other than `y`'s, and where it is.
 fn rival(row: &[f32], y: usize) -> (usize, f32) {
     let best = |from: usize, part: &[f32]| {
@@ -132,26 +111,6 @@ fn rival(row: &[f32], y: usize) -> (usize, f32) {
         (None, Some(r)) => r,
         (None, None) => (y, f32::NEG_INFINITY),
     }
-}
-
-/// Long rows lose digits in one f32 sum: partial sums of this many lanes are added in f64.
-const BLOCK: usize = 512;
-
-fn exp_sum(row: &[f32], max: f32) -> f64 {
-    let mut total = 0f64;
-    for block in row.chunks(8 * BLOCK) {
-        let mut sum = f32x8::ZERO;
-        let (chunks, rest) = block.as_chunks::<8>();
-        for c in chunks {
-            sum += (f32x8::from(*c) - max).exp();
-        }
-        total += f64::from(sum.reduce_add());
-        total += rest
-            .iter()
-            .map(|&z| f64::from((z - max).exp()))
-            .sum::<f64>();
-    }
-    total
 }
 
 fn exp_in_place(row: &mut [f32], max: f32) -> f64 {

@@ -7,9 +7,12 @@ pub mod checkpoint;
 pub mod config;
 pub mod dropout;
 pub mod engine;
+mod error;
 pub mod fit;
 pub mod learn;
 pub mod loss;
 pub mod net;
 pub mod order;
 pub mod trainer;
+
+pub use error::TrainError;

@@ -1,10 +1,13 @@
 //! What several test files need: where models are, and a binary to run.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+use nepenthe::adapter::open_adapters;
 use nepenthe::ggml::dequantize;
 use nepenthe::gguf::{GgmlType, Gguf, GgufWriter};
 use nepenthe::graph::weights::Weights;
+use nepenthe::model::OpenModel;
 use nepenthe::patch::{Info, Patch, TensorInfo, Update, base_of, digest_of};
+use nepenthe::proof::choose;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -160,4 +163,17 @@ pub fn small_patch(model: &Path, dir: &Path, name: &str, seed: u64) -> PathBuf {
         .save(&path, true)
         .expect("room on the disk");
     path
+}
+
+/// The patch at `path` with canaries for what it does to the embedded model.
+pub fn with_canaries(path: &Path) -> PathBuf {
+    let open = OpenModel::open(&mini(), 0).expect("the embedded model");
+    let adapters = open_adapters(&open, [(path, 1.0)]).expect("a good patch");
+    let mut patch = Patch::open(path).expect("a good patch");
+    let canaries = choose(&open.model, &adapters, 1).expect("they can be run");
+    assert_eq!(canaries.len(), 4);
+    patch.info.as_mut().expect("provenance").canaries = canaries;
+    let out = path.with_extension("proven.gguf");
+    patch.save(&out, true).expect("room");
+    out
 }

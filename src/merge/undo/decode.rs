@@ -1,7 +1,7 @@
 //! Rebuilds the original from the merged files and the body; trusts neither.
 
 use super::blocks::{COPY, DIFF, MAX_BLOCK, SPELLED};
-use super::{BodyError, FileId, Undo, UndoError, UndoSize, open};
+use super::{BodyError, FileDigest, Undo, UndoError, UndoSize, open};
 use crate::digest::Digest;
 use flate2::bufread::ZlibDecoder;
 use sha2::{Digest as _, Sha256};
@@ -60,7 +60,7 @@ impl<'a> Decoder<'a> {
         })
     }
 
-    pub fn write_part(&mut self, out: &mut dyn Write) -> Result<FileId, UndoError> {
+    pub fn write_part(&mut self, out: &mut dyn Write) -> Result<FileDigest, UndoError> {
         let wanted = self.undo.header.original[self.part];
         let mut hash = Sha256::new();
         let mut left = wanted.len;

@@ -1,7 +1,7 @@
 //! The header of an undo file, checked field by field.
 
 use super::{MAGIC, Undo, UndoError, VERSION, open as open_file};
-use crate::digest::{Digest, of_file};
+use crate::digest::{Digest, FileDigest, of_file};
 use crate::error::Error;
 use crate::gguf::Gguf;
 use serde::{Deserialize, Serialize};
@@ -19,16 +19,6 @@ const MAX_FILE: u64 = i64::MAX as u64;
 const MAX_INFLATION: u64 = 1032;
 const DIGEST_BYTES: u64 = 32;
 
-/// One file's length and digest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileId {
-    /// Bytes.
-    pub len: u64,
-    /// SHA-256.
-    #[serde(rename = "sha256")]
-    pub digest: Digest,
-}
-
 /// For people: what an undo file lies between.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -44,8 +34,8 @@ pub struct About {
 /// All but the body.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Header {
-    pub original: Vec<FileId>,
-    pub merged: Vec<FileId>,
+    pub original: Vec<FileDigest>,
+    pub merged: Vec<FileDigest>,
     pub about: About,
 }
 
@@ -69,8 +59,8 @@ impl Header {
     }
 }
 
-pub(super) fn id_of(part: &Gguf) -> Result<FileId, Error> {
-    Ok(FileId {
+pub(super) fn id_of(part: &Gguf) -> Result<FileDigest, Error> {
+    Ok(FileDigest {
         len: part.file_len(),
         digest: of_file(part.path())?,
     })
@@ -135,7 +125,7 @@ impl Fields<'_> {
     }
 
     /// No capacity up front: memory grows with the bytes actually read.
-    fn ids(&mut self, n: u64, whose: &str) -> Result<Vec<FileId>, UndoError> {
+    fn ids(&mut self, n: u64, whose: &str) -> Result<Vec<FileDigest>, UndoError> {
         let mut out = Vec::new();
         for i in 0..n {
             let offset = self.at;
@@ -145,7 +135,7 @@ impl Fields<'_> {
             })?;
             let mut digest = [0; 32];
             self.read("the digest of a part", &mut digest)?;
-            out.push(FileId {
+            out.push(FileDigest {
                 len: found,
                 digest: Digest(digest),
             });
@@ -231,7 +221,7 @@ pub(super) fn open(path: &Path) -> Result<Undo, UndoError> {
     }
     // Every byte of the original is copied from the merged files, once at most, or inflated:
     // a file that promises more would fill the disk and then be refused.
-    let total = |ids: &[FileId]| ids.iter().fold(0u64, |n, id| n.saturating_add(id.len));
+    let total = |ids: &[FileDigest]| ids.iter().fold(0u64, |n, id| n.saturating_add(id.len));
     let max = total(&merged).saturating_add(body_len.saturating_mul(MAX_INFLATION));
     let offset = (MAGIC.len() + 16) as u64;
     f.at_most(max, total(&original), offset, || "the original".into())?;

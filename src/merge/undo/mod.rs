@@ -19,13 +19,14 @@ mod hostile_tests;
 #[cfg(test)]
 mod tests;
 
+pub use crate::digest::FileDigest;
 pub use error::{BodyError, Mismatch, UndoError};
-pub use header::{About, FileId};
+pub use header::About;
 
-use super::record::KEY_NAMES;
 use crate::atomic::write_atomic_verified;
 use crate::error::Error;
 use crate::gguf::Gguf;
+use crate::patch::merged::KEY_NAMES;
 use header::Header;
 use serde::Serialize;
 use std::fs::File;
@@ -107,12 +108,12 @@ impl Undo {
     }
 
     /// Parts of the original, in order.
-    pub fn original(&self) -> &[FileId] {
+    pub fn original(&self) -> &[FileDigest] {
         &self.header.original
     }
 
     /// Parts of the merged model it applies to, in order.
-    pub fn merged(&self) -> &[FileId] {
+    pub fn merged(&self) -> &[FileDigest] {
         &self.header.merged
     }
 
@@ -127,7 +128,7 @@ impl Undo {
     /// [`UndoError::Original`] when they are what it leads back to, [`UndoError::Other`] for
     /// any other model.
     pub fn check(&self, parts: &[Gguf]) -> Result<(), Error> {
-        let found: Vec<FileId> = parts.iter().map(header::id_of).collect::<Result<_, _>>()?;
+        let found: Vec<FileDigest> = parts.iter().map(header::id_of).collect::<Result<_, _>>()?;
         if found == self.header.merged {
             return Ok(());
         }
@@ -173,7 +174,7 @@ impl Restore<'_> {
     ///
     /// # Errors
     /// A damaged body, a failing disk, a result other than the original.
-    pub fn write_part(&mut self, out: &mut dyn Write) -> Result<FileId, UndoError> {
+    pub fn write_part(&mut self, out: &mut dyn Write) -> Result<FileDigest, UndoError> {
         self.0.write_part(out)
     }
 

@@ -3,6 +3,7 @@
 use super::*;
 use crate::digest::of_file;
 use crate::gguf::{GgmlType, GgufWriter, Metadata};
+use crate::merge::MergeError;
 use proptest::prelude::*;
 
 /// A model file: keys, then tensors of (name, type, bytes).
@@ -150,9 +151,18 @@ fn another_model_and_the_original_are_told_apart() {
     );
     assert!(undo.check(&parts[1..2]).is_ok());
     let e = undo.check(&parts[..1]).expect_err("the original");
-    assert!(matches!(e, Error::Undo(UndoError::Original { .. })), "{e}");
+    assert!(
+        matches!(
+            e,
+            Error::Merge(MergeError::Undo(UndoError::Original { .. }))
+        ),
+        "{e}"
+    );
     let e = undo.check(&parts[2..]).expect_err("another");
-    assert!(matches!(e, Error::Undo(UndoError::Other(_))), "{e}");
+    assert!(
+        matches!(e, Error::Merge(MergeError::Undo(UndoError::Other(_)))),
+        "{e}"
+    );
     assert!(e.to_string().contains("takes back p.gguf from b"), "{e}");
     assert_eq!(e.exit_code(), 4);
     // An undo file is never replaced unasked.

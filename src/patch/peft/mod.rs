@@ -74,11 +74,6 @@ pub enum PeftError {
     Empty { path: PathBuf },
 }
 
-/// Whether `path` is a PEFT adapter by its form: a directory, or a `.safetensors` file.
-pub fn is_peft(path: &Path) -> bool {
-    path.is_dir() || path.extension().is_some_and(|e| e == "safetensors")
-}
-
 /// Read the adapter at `path`, a directory or the tensor file in it, for `model`.
 ///
 /// # Errors

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::gguf::{GgmlType, GgufWriter, Metadata};
+use crate::patch::is_peft;
 use serde_json::{Value, json};
 
 fn golden() -> PathBuf {

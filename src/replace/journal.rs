@@ -3,7 +3,7 @@
 
 use super::error::failed;
 use super::prev::keep;
-use super::{FileId, ReplaceError, exists, lock, parent, put, remove, staging_dir, sync_dir};
+use super::{FileDigest, ReplaceError, exists, lock, parent, put, remove, staging_dir, sync_dir};
 use crate::digest::of_file;
 use crate::fault::point;
 use crate::gguf::SplitName;
@@ -31,7 +31,7 @@ struct Entry {
     /// File name of the target and of the staged file.
     name: String,
     #[serde(flatten)]
-    id: FileId,
+    id: FileDigest,
 }
 
 pub(super) fn path(dir: &Path) -> PathBuf {
@@ -39,8 +39,8 @@ pub(super) fn path(dir: &Path) -> PathBuf {
 }
 
 impl Journal {
-    pub fn new<'a>(keep_prev: bool, parts: impl Iterator<Item = (&'a Path, FileId)>) -> Self {
-        let entry = |(path, id): (&Path, FileId)| Entry {
+    pub fn new<'a>(keep_prev: bool, parts: impl Iterator<Item = (&'a Path, FileDigest)>) -> Self {
+        let entry = |(path, id): (&Path, FileDigest)| Entry {
             name: path
                 .file_name()
                 .expect("targets have names")
@@ -138,7 +138,7 @@ pub(super) fn complete(dir: &Path, journal: &Journal, trusted: bool) -> Result<(
     sync_dir(&home)
 }
 
-fn is(path: &Path, id: FileId) -> bool {
+fn is(path: &Path, id: FileDigest) -> bool {
     fs::metadata(path).is_ok_and(|m| m.len() == id.len)
         && of_file(path).is_ok_and(|digest| digest == id.digest)
 }

@@ -21,8 +21,7 @@ pub use error::ReplaceError;
 pub use journal::{pending, settle};
 pub use prev::{confirm, prev_of, restore};
 
-use super::undo::FileId;
-use crate::digest::{Digest, of_file};
+use crate::digest::{Digest, FileDigest, of_file};
 use crate::error::Error;
 use crate::fault::point;
 use crate::gguf::SplitName;
@@ -119,7 +118,7 @@ pub struct Staging {
     /// Held for its lock, which ends with the process.
     _lock: File,
     targets: Vec<PathBuf>,
-    staged: Vec<Option<FileId>>,
+    staged: Vec<Option<FileDigest>>,
     mode: Mode,
     /// Nothing to take back: the journal, or the target, is there.
     committed: bool,
@@ -187,7 +186,7 @@ impl Staging {
         };
         let value = write(&mut out)?;
         out.flush().map_err(failed(&path, "writing"))?;
-        let id = FileId {
+        let id = FileDigest {
             len: out.len,
             digest: Digest(out.hash.clone().finalize().into()),
         };
@@ -210,7 +209,7 @@ impl Staging {
     fn adopt(&mut self, no: usize, from: &Path) -> Result<(), Error> {
         let path = self.path(no);
         prev::link_or_copy(from, &path)?;
-        self.staged[no] = Some(FileId {
+        self.staged[no] = Some(FileDigest {
             len: fs::metadata(&path)
                 .map_err(failed(&path, "asking for its size"))?
                 .len(),

@@ -55,7 +55,7 @@ fn as_child() -> bool {
 /// Run the child for `kind` on `path`, to be killed at `point`; whether it was.
 fn killed(test: &str, kind: &str, path: &Path, point: u64) -> bool {
     let output = Command::new(std::env::current_exe().expect("a test binary"))
-        .args(["--exact", &format!("merge::replace::kill_tests::{test}")])
+        .args(["--exact", &format!("replace::kill_tests::{test}")])
         .env(CHILD, format!("{kind}:{}", path.display()))
         .env(KILL_AT, point.to_string())
         .output()
@@ -283,7 +283,7 @@ fn a_commit_whose_staged_file_was_damaged_is_not_completed() {
     fs::write(&target, "old").expect("room");
     let staging = staging_dir(&target).expect("a name");
     fs::create_dir(&staging).expect("room");
-    let id = FileId {
+    let id = FileDigest {
         len: 3,
         digest: Digest([1; 32]),
     };
