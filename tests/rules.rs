@@ -82,7 +82,8 @@ impl Bench {
     }
 
     fn view(&mut self, src: Tensor, ne: [i64; 4], nb: [usize; 4], offset: usize) -> Tensor {
-        let (op, wanted) = (sys::GGML_OP_VIEW, Wanted { ne, nb, offset });
+        let ty = sys::GGML_TYPE_F32;
+        let (op, wanted) = (sys::GGML_OP_VIEW, Wanted { ne, nb, offset, ty });
         let out = self
             .record
             .emit(&mut self.c, op, &[0; 16], &[src], Some(&wanted));
@@ -127,9 +128,7 @@ fn check_at(h: f32, tolerance: f64, build: impl Fn(&mut Bench) -> Tensor) {
     for &t in grads.iter().chain([&read]) {
         c.set_output(t);
     }
-    for &g in &grads {
-        c.extend_graph(graph, g);
-    }
+    c.extend_graph(graph, &grads);
     let mut inputs = leaves.clone();
     inputs.extend(constants.iter().map(|(t, _)| *t));
     inputs.extend(ids.iter().map(|(t, _)| *t));

@@ -3,14 +3,16 @@
 
 use super::GraphError;
 use super::forward::Record;
-use super::rules::{Weightless, has_rule, vjp};
+use super::rules::{Weightless, carries, has_rule, vjp};
 use super::template::Template;
 use crate::ggml::{Ctx, Tensor, op_name, sys};
 use std::collections::{HashMap, HashSet};
 
-/// The first op of the template that has no gradient rule, if any.
+/// The first op of the template through which gradients must pass and which has no rule, if any.
 pub fn first_without_rule(template: &Template) -> Option<String> {
-    let mut ops = template.ops().into_iter();
+    let on_the_way = template.on_the_way(carries);
+    let entries = template.entries.iter().zip(on_the_way);
+    let mut ops = entries.filter_map(|(e, on)| e.step.op().filter(|_| on));
     let (op, kind) = ops.find(|&(op, kind)| !has_rule(op, kind))?;
     Some(match op {
         sys::GGML_OP_UNARY | sys::GGML_OP_GLU => format!("{} kind {kind}", op_name(op)),
@@ -33,7 +35,8 @@ pub fn gradients(
 ) -> Result<Vec<Tensor>, GraphError> {
     let mut needs: HashSet<Tensor> = params.iter().copied().collect();
     for node in &record.nodes {
-        if node.src.iter().any(|s| needs.contains(s)) {
+        let mut sources = node.src.iter().take(carries(node.op));
+        if sources.any(|s| needs.contains(s)) {
             needs.insert(node.out);
         }
     }
@@ -42,7 +45,10 @@ pub fn gradients(
         let Some(g) = grad.get(&node.out).copied() else {
             continue;
         };
-        let need: Vec<bool> = node.src.iter().map(|s| needs.contains(s)).collect();
+        let mut need: Vec<bool> = node.src.iter().map(|s| needs.contains(s)).collect();
+        need.iter_mut()
+            .skip(carries(node.op))
+            .for_each(|n| *n = false);
         if !need.contains(&true) {
             continue;
         }

@@ -5,7 +5,7 @@ use super::GraphError;
 use super::batch::{MaskKind, Packed};
 use super::forward::{Record, Wanted};
 use super::reverse::gradients;
-use super::rules::Weightless;
+use super::rules::{TILE, Weightless, tile_rows};
 use super::template::{Leaf, Step, Template};
 use super::weights::{Transposed, Weights};
 use crate::ggml::{Buffer, Cpu, Ctx, Graph, Plan, Tensor, sys};
@@ -238,7 +238,15 @@ pub struct Tape {
     output: Tensor,
     seed: Option<Tensor>,
     grads: Vec<Tensor>,
+    chosen: Vec<Chosen>,
     shape: (usize, usize),
+}
+
+/// Ids of experts in a graph: the first `used` of each row of `ranking`, i32 `[n, T]`.
+#[derive(Clone, Copy, PartialEq)]
+struct Chosen {
+    ranking: Tensor,
+    used: usize,
 }
 
 struct Env<'a> {
@@ -257,6 +265,28 @@ impl Weightless for Env<'_> {
             .leaf(c, self.weights, self.cpu, name)
             .map(Some)
     }
+
+    fn transposed_experts(&mut self, c: &mut Ctx, w: Tensor) -> Result<Option<Tensor>, GraphError> {
+        let Some(name) = self.frozen.get(&w) else {
+            return Ok(None);
+        };
+        if !self.transposed.has_room(self.weights, name)? {
+            return Ok(None);
+        }
+        self.transposed
+            .leaf(c, self.weights, self.cpu, name)
+            .map(Some)
+    }
+}
+
+/// Nodes that go through stacks of experts back: six for each tile.
+fn n_tile_nodes(parts: &Parts<'_>) -> Result<usize, GraphError> {
+    let mut n = 0;
+    for stack in parts.template.experts() {
+        let ne = parts.weights.info(&stack.name)?.ne.map(|n| n as i64);
+        n += 7 * (ne[1] / tile_rows(ne, TILE) + 1) as usize;
+    }
+    Ok(n)
 }
 
 impl Tape {
@@ -283,7 +313,8 @@ impl Tape {
             Trained::Factors(f) => f.list.len(),
             _ => 0,
         };
-        let mut c = Ctx::new(24 * template.entries.len() + 64 * n_factors + 1024)?;
+        let room = 24 * template.entries.len() + 64 * n_factors + n_tile_nodes(parts)? + 1024;
+        let mut c = Ctx::new(room)?;
         let (t, r) = (n_tokens as i64, n_rows as i64);
         let mut record = Record::default();
         let mut built: Vec<Option<Tensor>> = vec![None; template.entries.len()];
@@ -292,6 +323,7 @@ impl Tape {
             (Vec::new(), None, None, Vec::new());
         let mut constants = Vec::new();
         let mut dropout = Vec::new();
+        let mut chosen: Vec<Chosen> = Vec::new();
         let mut frozen = HashMap::new();
         let mut params: Vec<Tensor> = Vec::new();
         let mut factor_leaves = HashMap::new();
@@ -392,7 +424,16 @@ impl Tape {
                         ne,
                         nb: nb.map(|n| n.at(t, r) as usize),
                         offset: offset.at(t, r) as usize,
+                        ty: e.ty,
                     };
+                    if *op == sys::GGML_OP_MUL_MAT_ID {
+                        let ranking = c.view_root(src[2]);
+                        let used = c.ne(src[2])[0] as usize;
+                        if !chosen.contains(&Chosen { ranking, used }) {
+                            c.set_output(ranking);
+                            chosen.push(Chosen { ranking, used });
+                        }
+                    }
                     let out = record.emit(&mut c, *op, params, &src, Some(&wanted));
                     let out = out.map_err(|err| name_op(err, parts, &e.name))?;
                     if c.ne(out) != ne {
@@ -426,8 +467,8 @@ impl Tape {
             grads = gradients(&mut c, &record, output, s, &params, &mut env)?;
             for &g in &grads {
                 c.set_output(g);
-                c.extend_graph(full, g);
             }
+            c.extend_graph(full, &grads);
         }
         let (forward, backward) = if params.is_empty() {
             (full, None)
@@ -459,6 +500,7 @@ impl Tape {
             output,
             seed,
             grads,
+            chosen,
             shape: (n_tokens, n_rows),
         };
         tape.set_dropout(None)?;
@@ -579,6 +621,26 @@ impl Tape {
     /// Another length.
     pub fn read_grad(&self, i: usize, out: &mut [f32]) -> Result<(), GraphError> {
         Ok(self.ctx.read(self.grads[i], out)?)
+    }
+
+    /// The experts that the last forward pass chose: for each choice the graph makes (one a layer,
+    /// as a rule), the ids of each token in ascending order.
+    ///
+    /// # Errors
+    /// Never for a tape that was computed.
+    pub fn chosen_experts(&self) -> Result<Vec<Vec<i32>>, GraphError> {
+        let ids = |c: &Chosen| {
+            let mut ranking = vec![0i32; self.ctx.n_elements(c.ranking)];
+            self.ctx.read(c.ranking, &mut ranking)?;
+            let row = self.ctx.ne(c.ranking)[0] as usize;
+            let of_token = |row: &[i32]| {
+                let mut ids = row[..c.used].to_vec();
+                ids.sort_unstable();
+                ids
+            };
+            Ok(ranking.chunks_exact(row).flat_map(of_token).collect())
+        };
+        self.chosen.iter().map(ids).collect()
     }
 
     /// Elements of gradient `i`.

@@ -90,6 +90,8 @@ pub struct Entry {
     pub step: Step,
     /// Elements per dimension.
     pub ne: [Affine; 4],
+    /// ggml's type number.
+    pub ty: u32,
     /// llama.cpp's name.
     pub name: String,
 }
@@ -103,6 +105,19 @@ pub struct Adaptable {
     pub n_in: usize,
     /// Output width.
     pub n_out: usize,
+    /// Products with it in one pass: models that loop over their layers have several.
+    pub n_uses: usize,
+}
+
+/// Matrices of experts, one of which an id chooses for each token: they stay as they are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Experts {
+    /// Name of the stack in the model file.
+    pub name: String,
+    /// How many there are.
+    pub count: usize,
+    /// How many each token is sent through.
+    pub used: usize,
 }
 
 /// The whole graph, from token ids to logits.
@@ -132,6 +147,25 @@ pub struct Recordings {
     pub t: i64,
     /// R.
     pub r: i64,
+}
+
+/// A [`Step`] before its sources have entries: they are indices of recorded tensors.
+enum Origin {
+    Leaf(Leaf),
+    Cached { src: usize, transposed: bool },
+    Adapter { base: usize, x: usize, name: String },
+    Op(Vec<usize>),
+}
+
+impl Origin {
+    fn sources(&self) -> Vec<usize> {
+        match self {
+            Self::Leaf(_) => Vec::new(),
+            Self::Cached { src, .. } => vec![*src],
+            Self::Adapter { base, x, .. } => vec![*base, *x],
+            Self::Op(src) => src.clone(),
+        }
+    }
 }
 
 struct Builder<'a> {
@@ -171,11 +205,13 @@ impl Template {
                 "its graph depends on the batch size".into(),
             ));
         }
+        // Rows are also written into what is no cache: the scores of groups of experts.
         let cache_writer = a
             .nodes
             .iter()
             .filter(|&&n| a.tensors[n].op == sys::GGML_OP_SET_ROWS)
             .filter_map(|&n| Some((a.tensors[n].view_src?, a.tensors[n].src[0]?)))
+            .filter(|&(cache, _)| a.tensors[cache].op == sys::GGML_OP_NONE)
             .collect();
         let mut builder = Builder {
             rec,
@@ -193,7 +229,8 @@ impl Template {
         let output = a.nodes.iter().rev().find(named).or(a.nodes.last());
         let output = *output.ok_or_else(|| GraphError::Untraceable("it has no nodes".into()))?;
         let last = builder.visit(output)?;
-        let (entries, adaptable) = (builder.entries, builder.adaptable);
+        let (entries, mut adaptable) = (builder.entries, builder.adaptable);
+        count_uses(&entries, &mut adaptable);
         let head = find_head(&entries, last)?;
         let Step::Op { src, .. } = &entries[head].step else {
             unreachable!("find_head returns an op");
@@ -215,19 +252,95 @@ impl Template {
     /// has several.
     pub fn ops(&self) -> Vec<(u32, u32)> {
         let mut ops = Vec::new();
-        for e in &self.entries {
-            let Step::Op { op, params, .. } = &e.step else {
-                continue;
-            };
-            let kind = match *op {
-                sys::GGML_OP_UNARY | sys::GGML_OP_GLU => params[0] as u32,
-                _ => 0,
-            };
-            if !ops.contains(&(*op, kind)) {
-                ops.push((*op, kind));
+        for op in self.entries.iter().filter_map(|e| e.step.op()) {
+            if !ops.contains(&op) {
+                ops.push(op);
             }
         }
         ops
+    }
+
+    /// Whether the gradient of the output passes through each entry on its way to an adapter.
+    /// `carries`: through how many of its first sources an op's does; the others hold indices and
+    /// the like.
+    pub fn on_the_way(&self, carries: impl Fn(u32) -> usize) -> Vec<bool> {
+        let sources = |e: &Entry| -> Vec<usize> {
+            match &e.step {
+                Step::Leaf(_) => Vec::new(),
+                Step::Cached { src, .. } => vec![*src],
+                Step::Adapter { base, x, .. } => vec![*base, *x],
+                Step::Op { op, src, .. } => src.iter().copied().take(carries(*op)).collect(),
+            }
+        };
+        let sources: Vec<Vec<usize>> = self.entries.iter().map(sources).collect();
+        let mut adapted = vec![false; self.entries.len()];
+        for (i, e) in self.entries.iter().enumerate() {
+            let above = sources[i].iter().any(|&s| adapted[s]);
+            adapted[i] = above || matches!(e.step, Step::Adapter { .. });
+        }
+        let mut reached = vec![false; self.entries.len()];
+        if let Some(output) = reached.last_mut() {
+            *output = true;
+        }
+        for i in (0..reached.len()).rev().filter(|&i| adapted[i]) {
+            if reached[i] {
+                sources[i].iter().for_each(|&s| reached[s] = true);
+            }
+        }
+        adapted.iter().zip(reached).map(|(a, r)| *a && r).collect()
+    }
+
+    /// The stacks of experts, in order of use.
+    pub fn experts(&self) -> Vec<Experts> {
+        let stack = |e: &Entry| {
+            let Step::Op { op, src, .. } = &e.step else {
+                return None;
+            };
+            if *op != sys::GGML_OP_MUL_MAT_ID {
+                return None;
+            }
+            let (stack, ids) = (&self.entries[src[0]], &self.entries[src[2]]);
+            let n = |n: Affine| usize::try_from(n.base).unwrap_or(0);
+            match &stack.step {
+                Step::Leaf(Leaf::Weight(name)) => Some(Experts {
+                    name: name.clone(),
+                    count: n(stack.ne[2]),
+                    used: n(ids.ne[0]),
+                }),
+                _ => None,
+            }
+        };
+        self.entries.iter().filter_map(stack).collect()
+    }
+}
+
+impl Step {
+    /// The op, with the kind of activation where it has several.
+    pub fn op(&self) -> Option<(u32, u32)> {
+        match self {
+            Self::Op { op, params, .. } => match *op {
+                sys::GGML_OP_UNARY | sys::GGML_OP_GLU => Some((*op, params[0] as u32)),
+                _ => Some((*op, 0)),
+            },
+            _ => None,
+        }
+    }
+}
+
+/// Products with each adaptable weight, adapted there or not: what watches them sees them all.
+fn count_uses(entries: &[Entry], adaptable: &mut [Adaptable]) {
+    for e in entries {
+        let Step::Op { op, src, .. } = &e.step else {
+            continue;
+        };
+        if *op != sys::GGML_OP_MUL_MAT {
+            continue;
+        }
+        if let Step::Leaf(Leaf::Weight(name)) = &entries[src[0]].step
+            && let Some(t) = adaptable.iter_mut().find(|t| t.name == *name)
+        {
+            t.n_uses += 1;
+        }
     }
 }
 
@@ -331,48 +444,78 @@ impl Builder<'_> {
         self.entries.push(Entry {
             step,
             ne,
+            ty: self.tensor(i).ty,
             name: self.tensor(i).name.clone(),
         });
         self.done.insert(i, self.entries.len() - 1);
         Ok(self.entries.len() - 1)
     }
 
-    fn visit(&mut self, i: usize) -> Result<usize, GraphError> {
-        if let Some(&e) = self.done.get(&i) {
-            return Ok(e);
+    /// The entry of recorded tensor `root`, after those it is made from. Without recursion: a graph
+    /// may be deeper than the thread's stack.
+    fn visit(&mut self, root: usize) -> Result<usize, GraphError> {
+        let mut open = vec![root];
+        while let Some(&i) = open.last() {
+            let known = open.len();
+            if !self.done.contains_key(&i) {
+                let origin = self.origin(i)?;
+                // The first source comes first: it is taken from the end.
+                let sources = origin.sources().into_iter().rev();
+                open.extend(sources.filter(|s| !self.done.contains_key(s)));
+                if open.len() == known {
+                    self.make(i, origin)?;
+                }
+            }
+            if open.len() == known {
+                open.pop();
+            }
         }
-        let t = self.tensor(i).clone();
+        Ok(self.done[&root])
+    }
+
+    /// How recorded tensor `i` comes about.
+    fn origin(&self, i: usize) -> Result<Origin, GraphError> {
+        let t = self.tensor(i);
         if t.op == sys::GGML_OP_NONE {
-            let leaf = self.classify(i, &t)?;
-            return self.push(i, Step::Leaf(leaf));
+            return Ok(Origin::Leaf(self.classify(i, t)?));
         }
-        if let Some(step) = self.cache_read(&t)? {
-            return self.push(i, step);
+        if let Some(cached) = self.cache_read(t)? {
+            return Ok(cached);
         }
-        if let Some((base, x, tensor)) = self.adapter(&t) {
-            let (base, x) = (self.visit(base)?, self.visit(x)?);
-            let tensor = self.adaptable_index(&tensor, x)?;
-            return self.push(i, Step::Adapter { base, x, tensor });
+        if let Some((base, x, name)) = self.adapter(t) {
+            return Ok(Origin::Adapter { base, x, name });
         }
-        let mut src = Vec::new();
-        for s in t.src.iter().flatten() {
-            src.push(self.visit(*s)?);
-        }
-        let nb = self.nb(i)?;
-        let offset = match t.op {
-            sys::GGML_OP_VIEW => self.affine(view_offset, i)?,
-            _ => Affine::default(),
+        Ok(Origin::Op(t.src.iter().flatten().copied().collect()))
+    }
+
+    /// Make the entry of tensor `i`, whose sources have theirs.
+    fn make(&mut self, i: usize, origin: Origin) -> Result<usize, GraphError> {
+        let step = match origin {
+            Origin::Leaf(leaf) => Step::Leaf(leaf),
+            Origin::Cached { src, transposed } => {
+                let src = self.done[&src];
+                Step::Cached { src, transposed }
+            }
+            Origin::Adapter { base, x, name } => {
+                let (base, x) = (self.done[&base], self.done[&x]);
+                let tensor = self.adaptable_index(&name, x)?;
+                Step::Adapter { base, x, tensor }
+            }
+            Origin::Op(src) => {
+                let t = self.tensor(i);
+                Step::Op {
+                    op: t.op,
+                    params: t.op_params,
+                    src: src.iter().map(|s| self.done[s]).collect(),
+                    nb: self.nb(i)?,
+                    offset: match t.op {
+                        sys::GGML_OP_VIEW => self.affine(view_offset, i)?,
+                        _ => Affine::default(),
+                    },
+                }
+            }
         };
-        self.push(
-            i,
-            Step::Op {
-                op: t.op,
-                params: t.op_params,
-                src,
-                nb,
-                offset,
-            },
-        )
+        self.push(i, step)
     }
 
     fn classify(&self, i: usize, t: &RecordedTensor) -> Result<Leaf, GraphError> {
@@ -415,7 +558,7 @@ impl Builder<'_> {
     }
 
     /// A view of a cache tensor stands for what this batch wrote there.
-    fn cache_read(&mut self, t: &RecordedTensor) -> Result<Option<Step>, GraphError> {
+    fn cache_read(&self, t: &RecordedTensor) -> Result<Option<Origin>, GraphError> {
         let (sys::GGML_OP_VIEW, Some(cache)) = (t.op, t.src[0]) else {
             return Ok(None);
         };
@@ -431,8 +574,8 @@ impl Builder<'_> {
         }
         // Keys are read [d, heads, tokens], transposed values [tokens, heads, d].
         let transposed = t.nb[1] > t.nb[2];
-        let src = self.visit(source)?;
-        Ok(Some(Step::Cached { src, transposed }))
+        let src = source;
+        Ok(Some(Origin::Cached { src, transposed }))
     }
 
     /// `ADD(base, SCALE(MUL_MAT(lora_b, MUL_MAT(lora_a, x))))`.
@@ -473,6 +616,7 @@ impl Builder<'_> {
             name: name.to_owned(),
             n_in,
             n_out,
+            n_uses: 0,
         });
         Ok(self.adaptable.len() - 1)
     }
