@@ -120,7 +120,9 @@ fn read_f32(t: &ggml_tensor, out: &mut Vec<f32>) -> bool {
         }
         stride *= t.ne[d] as usize;
     }
-    if t.type_ != ggml_sys::GGML_TYPE_F32 || t.data.is_null() {
+    // SAFETY: a live node's view source is live.
+    let owner = unsafe { t.view_src.as_ref() }.unwrap_or(t);
+    if t.type_ != ggml_sys::GGML_TYPE_F32 || t.data.is_null() || owner.buffer.is_null() {
         return false;
     }
     out.resize(stride / 4, 0.0);

@@ -624,11 +624,11 @@ impl Tape {
     }
 
     /// The experts that the last forward pass chose: for each choice the graph makes (one a layer,
-    /// as a rule), the ids of each token in ascending order.
+    /// as a rule) and each token or output row there, their ids in ascending order.
     ///
     /// # Errors
     /// Never for a tape that was computed.
-    pub fn chosen_experts(&self) -> Result<Vec<Vec<i32>>, GraphError> {
+    pub fn chosen_experts(&self) -> Result<Vec<Vec<Vec<i32>>>, GraphError> {
         let ids = |c: &Chosen| {
             let mut ranking = vec![0i32; self.ctx.n_elements(c.ranking)];
             self.ctx.read(c.ranking, &mut ranking)?;
@@ -638,7 +638,7 @@ impl Tape {
                 ids.sort_unstable();
                 ids
             };
-            Ok(ranking.chunks_exact(row).flat_map(of_token).collect())
+            Ok(ranking.chunks_exact(row).map(of_token).collect())
         };
         self.chosen.iter().map(ids).collect()
     }

@@ -7,7 +7,7 @@
 use super::GraphError;
 use super::forward::float;
 use crate::ggml::{Recorded, RecordedTensor, sys};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 /// `base + per_t·T + per_r·R`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -288,6 +288,18 @@ impl Template {
             }
         }
         adapted.iter().zip(reached).map(|(a, r)| *a && r).collect()
+    }
+
+    /// What the adaptable weights are called within their blocks (`attn_q`), each once, sorted.
+    pub fn adaptable_kinds(&self) -> Vec<String> {
+        let kind = |name: &str| -> String {
+            let parts = name.split('.');
+            parts
+                .filter(|p| !["blk", "weight"].contains(p) && p.parse::<u32>().is_err())
+                .collect()
+        };
+        let kinds: BTreeSet<String> = self.adaptable.iter().map(|t| kind(&t.name)).collect();
+        kinds.into_iter().collect()
     }
 
     /// The stacks of experts, in order of use.

@@ -60,8 +60,8 @@ const COMMON: [(&str, Key); 9] = [
 /// What every architecture with experts is given besides.
 pub const EXPERTS: [(&str, Key); 10] = [
     ("block_count", Key::U(3)),
-    ("expert_count", Key::U(8)),
-    ("expert_used_count", Key::U(3)),
+    ("expert_count", Key::U(4)),
+    ("expert_used_count", Key::U(2)),
     ("expert_feed_forward_length", Key::U(64)),
     ("expert_shared_count", Key::U(1)),
     ("expert_shared_feed_forward_length", Key::U(64)),
@@ -87,6 +87,7 @@ fn metadata(arch: &Arch, form: Form, vocabulary: &Gguf) -> Metadata {
         let times = if wide { form.times() } else { 1 };
         match value {
             Key::U(v) => meta.set(&name, v * times),
+            Key::Same(v) => meta.set(&name, v),
             Key::F(v) => meta.set(&name, v),
             Key::B(v) => meta.set(&name, v),
             Key::Us(v) => meta.set(&name, v.iter().map(|v| v * times).collect::<Vec<_>>()),
@@ -160,7 +161,8 @@ fn wanted(meta: &Metadata, dir: &Path) -> Option<Vec<Wanted>> {
 /// As files of this architecture have them: scales only where asked for, and one matrix for
 /// queries, keys and values where converters write one.
 fn as_in_files(arch: &Arch, all: Vec<Wanted>) -> Vec<Wanted> {
-    let scale = |n: &str| n.ends_with(".scale") || n.ends_with(".input_scale");
+    let router = |n: &str| n.contains("ffn_gate_inp");
+    let scale = |n: &str| !router(n) && (n.ends_with(".scale") || n.ends_with(".input_scale"));
     let mut out: Vec<Wanted> = Vec::new();
     for t in all {
         if scale(&t.name) && (!arch.scales || t.name.ends_with(".input_scale")) {
