@@ -6,7 +6,7 @@
 
 use super::backend::Buffer;
 use ggml_sys::{ggml_cgraph, ggml_context, ggml_tensor};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ffi::CString;
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
@@ -176,6 +176,11 @@ impl Ctx {
         unsafe { ggml_sys::ggml_nbytes(self.ptr(t)) }
     }
 
+    /// Whether the tensor has memory yet.
+    pub fn has_memory(&self, t: Tensor) -> bool {
+        !self.get(t).data.is_null()
+    }
+
     /// The ggml op number that computes the tensor (0: a leaf).
     pub fn op(&self, t: Tensor) -> u32 {
         self.get(t).op
@@ -238,6 +243,9 @@ impl Ctx {
     /// The tensor of this context that `t` is a view of, or `t`.
     pub fn view_root(&self, t: Tensor) -> Tensor {
         let source = self.get(t).view_src;
+        if source.is_null() {
+            return t;
+        }
         let found = self.tensors.iter().position(|p| p.as_ptr() == source);
         found.map_or(t, |i| Tensor(i as u32))
     }
@@ -1146,6 +1154,31 @@ impl Ctx {
     pub fn n_nodes(&self, g: Graph) -> usize {
         // SAFETY: live graph.
         unsafe { ggml_sys::ggml_graph_n_nodes(self.graph_ptr(g)) as usize }
+    }
+
+    /// What the nodes of `g` from `n` on read of those before them, each once, as the tensors that
+    /// own the memory.
+    pub fn carried_over(&self, g: Graph, n: usize) -> Vec<Tensor> {
+        let ids = self.tensors.iter().enumerate();
+        let ids: HashMap<*mut ggml_tensor, u32> =
+            ids.map(|(i, t)| (t.as_ptr(), i as u32)).collect();
+        let owner = |t: *mut ggml_tensor| {
+            // SAFETY: nodes, sources and view sources of a live graph are live.
+            let source = unsafe { (*t).view_src };
+            if source.is_null() { t } else { source }
+        };
+        // SAFETY: the index is below the node count.
+        let node = |i: usize| unsafe { ggml_sys::ggml_graph_node(self.graph_ptr(g), i as i32) };
+        let before: HashSet<_> = (0..n).map(|i| owner(node(i))).collect();
+        let mut carried = HashSet::new();
+        for i in n..self.n_nodes(g) {
+            // SAFETY: as above.
+            let sources = unsafe { (*node(i)).src };
+            let read = sources.into_iter().filter(|s| !s.is_null()).map(owner);
+            carried.extend(read.filter(|s| before.contains(s)));
+        }
+        let ids = carried.iter().filter_map(|t| ids.get(t).copied());
+        ids.map(Tensor).collect()
     }
 
     fn new_graph(&mut self) -> Result<Graph> {

@@ -238,6 +238,8 @@ pub struct Tape {
     output: Tensor,
     seed: Option<Tensor>,
     grads: Vec<Tensor>,
+    /// Bytes of tensors that the plan does not place.
+    apart: usize,
     chosen: Vec<Chosen>,
     shape: (usize, usize),
 }
@@ -277,6 +279,28 @@ impl Weightless for Env<'_> {
             .leaf(c, self.weights, self.cpu, name)
             .map(Some)
     }
+}
+
+/// Entries of a template from which on tensors with long lives are placed apart: about 75 layers.
+const DEEP: usize = 2048;
+
+/// Give what the way back reads of the way forward, and the gradients, memory of their own that is
+/// kept to the end; returns its size. In a deep graph they would leave gaps among the others, of
+/// which ggml's allocator stands 256 before it ends the process. It takes some more memory, as
+/// nothing else uses theirs once they have been read.
+fn place_apart(
+    c: &mut Ctx,
+    cpu: &Cpu,
+    graph: Graph,
+    n_forward: usize,
+    grads: &[Tensor],
+) -> Result<usize, GraphError> {
+    let mut roots = c.carried_over(graph, n_forward);
+    roots.extend(grads.iter().map(|&g| c.view_root(g)));
+    roots.sort_unstable();
+    roots.dedup();
+    roots.retain(|&g| !c.has_memory(g));
+    Ok(cpu.place(c, &roots)?.size())
 }
 
 /// Nodes that go through stacks of experts back: six for each tile.
@@ -481,6 +505,11 @@ impl Tape {
             return Err(GraphError::Untraceable("its graph reads no tokens".into()));
         }
         cpu.place(&mut c, &inputs)?;
+        let apart = if template.entries.len() > DEEP {
+            place_apart(&mut c, cpu, full, n_forward, &grads)?
+        } else {
+            0
+        };
         for (x, value) in constants {
             let values = vec![value; c.n_elements(x)];
             c.write(x, &values)?;
@@ -500,6 +529,7 @@ impl Tape {
             output,
             seed,
             grads,
+            apart,
             chosen,
             shape: (n_tokens, n_rows),
         };
@@ -544,9 +574,9 @@ impl Tape {
         self.shape
     }
 
-    /// Bytes of intermediate tensors.
+    /// Bytes of intermediate tensors and gradients.
     pub fn bytes(&self) -> usize {
-        self.plan.bytes
+        self.plan.bytes + self.apart
     }
 
     /// Number of trained tensors.

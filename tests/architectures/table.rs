@@ -185,7 +185,7 @@ architectures! {
     exaone_moe = Arch::moe("exaone-moe").keys(&[("block_count", U(4)), ("expert_gating_func", U(2))]);
     gemma4_moe = Arch::moe("gemma4").keys(&[("block_count", U(2)), ("attention.sliding_window_pattern", Bs(&[true, false])), ("embedding_length_per_layer_input", U(0)), ("attention.key_length_swa", U(16)), ("attention.value_length_swa", U(16)), ("expert_count", U(2))]);
     glm4moe = Arch::moe("glm4moe");
-    gpt_oss = Arch::moe("gpt-oss").keys(&[("block_count", U(4))]);
+    gpt_oss = Arch::moe("gpt-oss").keys(&[("block_count", U(2))]);
     granite_moe_swa = Arch::moe("granite_swa").keys(&[("block_count", U(2)), ("logit_scale", F(4.0)), ("attention.sliding_window_pattern", Bs(&[true, false]))]);
     granitemoe = Arch::moe("granitemoe").keys(&[("logit_scale", F(4.0)), ("residual_scale", F(0.22)), ("embedding_scale", F(3.0)), ("attention.scale", F(0.1))]);
     grok = Arch::moe("grok").keys(&[("expert_count", U(2))]);

@@ -325,7 +325,7 @@ fn limited(template: &Template) -> bool {
 }
 
 /// Directions tried for one along which no expert changes.
-const DIRECTIONS: u64 = 24;
+const DIRECTIONS: u64 = 64;
 
 type Pairs = Vec<(Vec<f32>, Vec<f32>)>;
 
