@@ -187,10 +187,11 @@ pub struct Transposed {
     buffers: HashMap<String, Arc<Buffer>>,
     plain: HashMap<String, Arc<Buffer>>,
     experts: HashMap<String, usize>,
+    expert_copies: Option<usize>,
     f32: bool,
 }
 
-/// Bytes that transposed copies of experts may take in all.
+/// Bytes that transposed copies of experts may take in all, unless told otherwise.
 pub const EXPERT_COPIES: usize = 2 << 30;
 
 /// Types without a blocked kernel in ggml's CPU backend: measured on SmolLM2 in Q4_1, their
@@ -206,6 +207,12 @@ impl Transposed {
             f32: true,
             ..Self::default()
         }
+    }
+
+    /// Let transposed copies of experts take `bytes` in all.
+    pub fn expert_copies(mut self, bytes: usize) -> Self {
+        self.expert_copies = Some(bytes);
+        self
     }
 
     /// Bytes held.
@@ -248,7 +255,7 @@ impl Transposed {
         }
         let bytes = weights.info(name)?.n_elements() as usize * if self.f32 { 4 } else { 2 };
         let taken: usize = self.experts.values().sum();
-        let fits = taken + bytes <= EXPERT_COPIES;
+        let fits = taken + bytes <= self.expert_copies.unwrap_or(EXPERT_COPIES);
         if fits {
             self.experts.insert(name.to_owned(), bytes);
         }

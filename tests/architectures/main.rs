@@ -7,6 +7,7 @@
 )]
 
 mod deep;
+mod experts;
 mod known;
 mod loops;
 mod model;

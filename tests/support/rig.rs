@@ -9,7 +9,7 @@ use nepenthe::graph::batch::{Packed, Sequence};
 use nepenthe::graph::tape::{End, Factor, Factors, Parts, Tape, Trained};
 use nepenthe::graph::template::{Step, Template};
 use nepenthe::graph::trace::trace;
-use nepenthe::graph::weights::Transposed;
+use nepenthe::graph::weights::{EXPERT_COPIES, Transposed};
 use nepenthe::model::OpenModel;
 use nepenthe::rng::SplitMix64;
 use nepenthe::train::loss::{RowObjective, Target, grade};
@@ -35,6 +35,8 @@ pub struct Rig {
     values: Vec<(Vec<f32>, Vec<f32>)>,
     batch: Packed,
     targets: Vec<Target>,
+    /// Bytes that transposed copies of experts may take.
+    pub expert_copies: usize,
 }
 
 impl Rig {
@@ -84,6 +86,7 @@ impl Rig {
             values,
             batch,
             targets,
+            expert_copies: EXPERT_COPIES,
         }
     }
 
@@ -113,7 +116,7 @@ impl Rig {
                 .filter(|&w| w > 0),
         };
         // Exact transposed weights: bf16 ones have an error of their own, 2.4e-3.
-        let mut transposed = Transposed::exact();
+        let mut transposed = Transposed::exact().expert_copies(self.expert_copies);
         let trained = match adapted {
             true => Trained::Factors(&self.factors),
             false => Trained::Nothing,
@@ -187,6 +190,24 @@ impl Rig {
         Arc::new(Adapter::load(&self.open.model, &path).expect("an adapter"))
     }
 
+    /// The gradients of all factors.
+    pub fn gradients(&mut self) -> Vec<Vec<f32>> {
+        let mut tape = self.tape();
+        self.gradients_by(&mut tape)
+    }
+
+    fn gradients_by(&mut self, tape: &mut Tape) -> Vec<Vec<f32>> {
+        let (values, mut logits) = (self.values.clone(), Vec::new());
+        self.loss(tape, &values, &mut logits);
+        tape.backward(&mut self.cpu, &logits).expect("computable");
+        let read = |i| {
+            let mut g = vec![0f32; tape.grad_len(i)];
+            tape.read_grad(i, &mut g).expect("its length");
+            g
+        };
+        (0..tape.n_grads()).map(read).collect()
+    }
+
     /// The loss, and the logits' gradients left in `logits`.
     fn loss(
         &mut self,
@@ -215,14 +236,7 @@ pub fn gradients_match_finite_differences(rig: &mut Rig) {
     let mut tape = rig.tape();
     let mut logits = Vec::new();
     let values = rig.values.clone();
-    rig.loss(&mut tape, &values, &mut logits);
-    tape.backward(&mut rig.cpu, &logits).expect("computable");
-    let mut grads = Vec::new();
-    for i in 0..tape.n_grads() {
-        let mut g = vec![0f32; tape.grad_len(i)];
-        tape.read_grad(i, &mut g).expect("its length");
-        grads.push(g);
-    }
+    let grads = rig.gradients_by(&mut tape);
     let kind = |name: &str| name.split('.').nth(2).unwrap_or(name).to_owned();
     let mut kinds: Vec<String> = rig
         .template
