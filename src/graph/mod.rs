@@ -1,18 +1,20 @@
 //! llama.cpp's own compute graph, recorded, rebuilt over the mapped model file with LoRA
 //! factors on its linear layers, and differentiated by a table of vector-Jacobian rules.
 //!
-//! [`trace`] records, [`template`] frees the recording of its batch size and KV cache,
+//! [`trace`] records, [`recording`] makes of it a [`template`] free of batch size and KV cache,
 //! [`tape`] builds forward and backward for one batch shape, [`reverse`] goes back through it,
 //! [`rules`] holds the derivative of every op, [`head`] turns hidden states into logits a few rows at a time.
 
 pub mod batch;
 pub mod forward;
 pub mod head;
+pub mod recording;
 pub mod reverse;
 pub mod rules;
 pub mod tape;
 pub mod template;
 pub mod trace;
+pub mod trained;
 pub mod weights;
 
 use crate::ggml::{LlamaError, OpError, QuantError};

@@ -6,7 +6,8 @@
 //! weights it never does.
 
 use super::GraphError;
-use super::template::{Recordings, Template};
+use super::recording::Recordings;
+use super::template::Template;
 use super::weights::Weights;
 use crate::ggml::{
     Adapter, Batch, Context, ContextOptions, DecodeError, Hook, Model, NodeView, Recorded,

@@ -8,9 +8,10 @@ use crate::error::Error;
 use crate::ggml::Cpu;
 use crate::graph::batch::{Packed, Sequence, pack};
 use crate::graph::head::Head;
-use crate::graph::tape::{End, Factors, Parts, Tape, Trained};
+use crate::graph::tape::{End, Parts, Tape};
 use crate::graph::template::Template;
 use crate::graph::trace::trace;
+use crate::graph::trained::{Factor, Factors, Trained};
 use crate::graph::weights::Transposed;
 use crate::model::OpenModel;
 use rayon::prelude::*;
@@ -366,7 +367,7 @@ impl<'m> Engine<'m> {
     ///
     /// # Errors
     /// When the memory cannot be had.
-    pub fn factors(&self, list: Vec<crate::graph::tape::Factor>) -> Result<Factors, Error> {
+    pub fn factors(&self, list: Vec<Factor>) -> Result<Factors, Error> {
         Ok(Factors::new(&self.cpu, &self.template, list)?)
     }
 }

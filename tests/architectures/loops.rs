@@ -10,8 +10,11 @@ use nepenthe::model::OpenModel;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-/// Sums the outputs of every product with a weight over tokens, to the end of the pass.
-struct Naive(Arc<Mutex<HashMap<String, (usize, Vec<f32>)>>>);
+/// Of each weight: how many products there were, and their outputs summed over tokens.
+type Sums = HashMap<String, (usize, Vec<f32>)>;
+
+/// Watches every product with a weight, to the end of the pass.
+struct Naive(Arc<Mutex<Sums>>);
 
 impl Hook for Naive {
     fn want(&mut self, node: &NodeView<'_>) -> bool {
@@ -49,7 +52,7 @@ fn every_loop_is_captured(arch: &table::Arch) {
         truncated: false,
     };
 
-    let sums = Arc::new(Mutex::new(HashMap::new()));
+    let sums = Arc::new(Mutex::new(Sums::new()));
     let options = ContextOptions {
         hook: Some(Box::new(Naive(sums.clone()))),
         ..ContextOptions::default()
