@@ -24,7 +24,7 @@ pub struct Factors {
     /// What they adapt.
     pub list: Vec<Factor>,
     /// Whether tapes with gradients multiply a mask into the input of every adapted weight, one
-    /// for all its factors ([`Tape::set_dropout`]).
+    /// for all its factors ([`set_dropout`](super::tape::Tape::set_dropout)).
     pub dropout: bool,
     ctx: Ctx,
     tensors: Vec<(Tensor, Tensor)>,
