@@ -158,6 +158,7 @@ fn rebuilt_logits(
         template,
         weights: &open.weights,
         window: usize::try_from(open.model.n_swa()).ok().filter(|&w| w > 0),
+        recompute: None,
     };
     let shape = (batch.n_tokens(), batch.n_padded_rows());
     let mut transposed = Transposed::default();

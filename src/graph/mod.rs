@@ -5,6 +5,7 @@
 //! [`tape`] builds forward and backward for one batch shape, [`reverse`] goes back through it,
 //! [`rules`] holds the derivative of every op, [`head`] turns hidden states into logits a few rows at a time.
 
+pub mod attention;
 pub mod batch;
 pub mod forward;
 pub mod head;

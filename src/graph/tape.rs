@@ -2,15 +2,16 @@
 //! low-rank factors.
 
 use super::GraphError;
+use super::attention::attentions;
 use super::batch::{MaskKind, Packed};
 use super::forward::{Record, Wanted};
-use super::reverse::gradients;
+use super::reverse::{Recomputed, gradients};
 use super::rules::{TILE, Weightless, tile_rows};
 use super::template::{Leaf, Step, Template};
 use super::trained::Trained;
 use super::weights::{Transposed, Weights};
 use crate::ggml::{Cpu, Ctx, Graph, Plan, Tensor, sys};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// Writes the dropout mask `[n_in, T]` of the adaptable tensor with this index.
 pub type FillMask<'a> = &'a dyn Fn(usize, &mut [f32]);
@@ -32,6 +33,9 @@ pub struct Parts<'a> {
     pub weights: &'a Weights,
     /// Sliding window, if the model has one.
     pub window: Option<usize>,
+    /// Compute layers again on the way back instead of keeping their results, and attention by at
+    /// most so many queries at a time: for long sequences.
+    pub recompute: Option<usize>,
 }
 
 /// Forward and backward graphs of one shape.
@@ -149,6 +153,18 @@ impl Tape {
             _ => 0,
         };
         let room = 24 * template.entries.len() + 64 * n_factors + n_tile_nodes(parts)? + 1024;
+        let tiled = match parts.recompute {
+            Some(n) if n < n_tokens => attentions(template),
+            _ => HashMap::new(),
+        };
+        let n_queries = parts.recompute.unwrap_or(n_tokens).max(1);
+        let room = match parts.recompute {
+            Some(_) => 2 * room + 64 * tiled.len() * n_tokens.div_ceil(n_queries),
+            None => room,
+        };
+        let skipped: HashSet<usize> = tiled.values().flat_map(|a| a.inner()).copied().collect();
+        let mut recomputed = Recomputed::default();
+        let (mut block, mut begins) = (None, Vec::new());
         let mut c = Ctx::new(room)?;
         let (t, r) = (n_tokens as i64, n_rows as i64);
         let mut record = Record::default();
@@ -182,6 +198,17 @@ impl Tape {
             }
         }
         for (i, e) in template.entries.iter().enumerate().take(last + 1) {
+            if skipped.contains(&i) {
+                continue;
+            }
+            let of_block = e.step.sources().into_iter();
+            let of_block = of_block
+                .filter_map(|s| template.entries[s].step.block())
+                .max();
+            if of_block.is_some() && of_block != block {
+                block = of_block;
+                begins.push(record.nodes.len());
+            }
             let ne = e.ne.map(|n| n.at(t, r));
             let source = |s: usize| built[s].expect("sources come before readers");
             let tensor = match &e.step {
@@ -254,6 +281,13 @@ impl Tape {
                     nb,
                     offset,
                 } => {
+                    if let Some(attention) = tiled.get(&i) {
+                        let parts = (template, n_queries);
+                        let (out, tiles) = attention.emit(&mut c, &mut record, parts, &source)?;
+                        recomputed.parts.extend(tiles);
+                        built[i] = Some(out);
+                        continue;
+                    }
                     let src: Vec<Tensor> = src.iter().map(|&s| source(s)).collect();
                     let wanted = Wanted {
                         ne,
@@ -299,7 +333,12 @@ impl Tape {
                 cpu,
                 frozen,
             };
-            grads = gradients(&mut c, &record, output, s, &params, &mut env)?;
+            if parts.recompute.is_some() {
+                // The last layer comes first on the way back: its results are still at hand.
+                recomputed.layers = begins.windows(2).map(|w| w[0]..w[1]).collect();
+            }
+            let forward = (&record, &recomputed);
+            grads = gradients(&mut c, forward, output, s, &params, &mut env)?;
             for &g in &grads {
                 c.set_output(g);
             }

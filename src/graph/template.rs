@@ -151,12 +151,8 @@ impl Template {
     /// the like.
     pub fn on_the_way(&self, carries: impl Fn(u32) -> usize) -> Vec<bool> {
         let sources = |e: &Entry| -> Vec<usize> {
-            match &e.step {
-                Step::Leaf(_) => Vec::new(),
-                Step::Cached { src, .. } => vec![*src],
-                Step::Adapter { base, x, .. } => vec![*base, *x],
-                Step::Op { op, src, .. } => src.iter().copied().take(carries(*op)).collect(),
-            }
+            let n = e.step.op().map_or(usize::MAX, |(op, _)| carries(op));
+            e.step.sources().into_iter().take(n).collect()
         };
         let sources: Vec<Vec<usize>> = self.entries.iter().map(sources).collect();
         let mut adapted = vec![false; self.entries.len()];
@@ -220,6 +216,26 @@ impl Step {
                 sys::GGML_OP_UNARY | sys::GGML_OP_GLU => Some((*op, params[0] as u32)),
                 _ => Some((*op, 0)),
             },
+            _ => None,
+        }
+    }
+
+    /// The entries it is made from.
+    pub fn sources(&self) -> Vec<usize> {
+        match self {
+            Self::Leaf(_) => Vec::new(),
+            Self::Cached { src, .. } => vec![*src],
+            Self::Adapter { base, x, .. } => vec![*base, *x],
+            Self::Op { src, .. } => src.clone(),
+        }
+    }
+
+    /// The block of the weight it is, if it is one of a block's.
+    pub fn block(&self) -> Option<usize> {
+        match self {
+            Self::Leaf(Leaf::Weight(name)) => {
+                name.strip_prefix("blk.")?.split_once('.')?.0.parse().ok()
+            }
             _ => None,
         }
     }

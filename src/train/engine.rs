@@ -17,6 +17,11 @@ use crate::model::OpenModel;
 use rayon::prelude::*;
 use std::ops::Range;
 
+/// Batches of more tokens are computed twice rather than kept: see [`Parts::recompute`].
+const LONG_TOKENS: usize = 1024;
+/// Queries of attention at a time in such a batch.
+const QUERIES: usize = 256;
+
 /// What a sample is trained towards.
 #[derive(Debug, Clone, Copy)]
 pub enum Aim<'a> {
@@ -130,6 +135,7 @@ impl<'m> Engine<'m> {
                 template: &template,
                 weights: &open.weights,
                 window,
+                recompute: None,
             },
             &cpu,
         )?;
@@ -344,6 +350,7 @@ impl<'m> Engine<'m> {
             template: &self.template,
             weights: &self.open.weights,
             window: self.window,
+            recompute: (shape.0 > LONG_TOKENS).then_some(QUERIES),
         };
         let tape = Tape::new(
             &parts,

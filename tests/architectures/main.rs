@@ -27,7 +27,7 @@ use nepenthe::train::config::UnlearnConfig;
 use nepenthe::train::engine::Engine;
 use nepenthe::train::loss::RowObjective;
 use nepenthe::train::trainer::{Forget, StepBatch, StepReport, Trainer};
-use rig::{Rig, gradients_match_finite_differences};
+use rig::{Rig, gradients_do_not_depend_on_what_is_kept, gradients_match_finite_differences};
 use table::{Arch, for_each_architecture};
 
 fn trains(arch: &Arch, form: Form) {
@@ -48,6 +48,7 @@ fn trains(arch: &Arch, form: Form) {
     assert!(adapted != plain, "the adapter does something");
     if form == Form::Exact {
         gradients_match_finite_differences(&mut rig);
+        gradients_do_not_depend_on_what_is_kept(&mut rig);
     }
     // With experts a longer step: which of them are chosen changes in jumps, and so does the loss.
     a_step_lowers_the_loss(&rig.open, if arch.experts { 5e-4 } else { 1e-4 });

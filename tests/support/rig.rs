@@ -38,6 +38,8 @@ pub struct Rig {
     targets: Vec<Target>,
     /// Bytes that transposed copies of experts may take.
     pub expert_copies: usize,
+    /// As in [`Parts`].
+    pub recompute: Option<usize>,
 }
 
 impl Rig {
@@ -88,6 +90,7 @@ impl Rig {
             batch,
             targets,
             expert_copies: EXPERT_COPIES,
+            recompute: None,
         }
     }
 
@@ -115,6 +118,7 @@ impl Rig {
             window: usize::try_from(self.open.model.n_swa())
                 .ok()
                 .filter(|&w| w > 0),
+            recompute: self.recompute,
         };
         // Exact transposed weights: bf16 ones have an error of their own, 2.4e-3.
         let mut transposed = Transposed::exact().expert_copies(self.expert_copies);
@@ -228,6 +232,26 @@ impl Rig {
         }
         logits[self.targets.len() * n_vocab..].fill(0.0);
         total
+    }
+}
+
+/// Computed twice instead of kept, gradients are the same to the bit; with attention a few queries
+/// at a time, but for rounding.
+pub fn gradients_do_not_depend_on_what_is_kept(rig: &mut Rig) {
+    let mut of = |recompute: Option<usize>| {
+        rig.recompute = recompute;
+        let found = rig.gradients();
+        rig.recompute = None;
+        found
+    };
+    let kept = of(None);
+    assert!(of(Some(usize::MAX)) == kept, "layers computed again");
+    let tiled = of(Some(12));
+    let norm = |g: &mut dyn Iterator<Item = f32>| g.map(|v| f64::from(v).powi(2)).sum::<f64>();
+    for (i, (a, b)) in tiled.iter().zip(&kept).enumerate() {
+        let off = norm(&mut a.iter().zip(b).map(|(a, b)| a - b));
+        let all = norm(&mut b.iter().copied());
+        assert!(off <= 1e-8 * all, "gradient {i}: {off} of {all}");
     }
 }
 
