@@ -3,10 +3,12 @@
 //!
 //! In llama.cpp's graph attention without its fused kernel is K·q [T, T, heads], operations on
 //! single elements (scale, soft cap), a softmax over keys with a mask, and the product with V. All
-//! of them work on each query (dimension 1) by itself: a tile of them gives the same numbers.
+//! of them work on each query (dimension 1) by itself: a tile of them gives the same numbers. The
+//! mask of a tile is made where it is needed, from where the keys of each query begin: query q of a
+//! packed batch sees keys l(q) to q.
 
 use super::GraphError;
-use super::forward::{Record, Wanted};
+use super::forward::{Record, Wanted, floats};
 use super::template::{Leaf, Step, Template};
 use crate::ggml::{Ctx, Tensor, sys};
 use std::collections::HashMap;
@@ -20,6 +22,18 @@ pub struct Attention {
     /// The product of values and weights.
     out: usize,
 }
+
+/// Numbers of keys and queries, for masks.
+#[derive(Debug, Clone, Copy)]
+pub struct Numbers {
+    /// 0, 1, … [T].
+    pub keys: Tensor,
+    /// 0, 1, … [1, T].
+    pub queries: Tensor,
+}
+
+/// Added to the scores of what a query does not see. Any softmax makes 0 of it, as of −∞.
+const HIDDEN: f32 = 1e30;
 
 /// Every attention of `template` that can be computed by tiles, by the entry it ends in.
 pub fn attentions(template: &Template) -> HashMap<usize, Attention> {
@@ -65,6 +79,21 @@ pub fn attentions(template: &Template) -> HashMap<usize, Attention> {
         .collect()
 }
 
+/// Whether the mask `entry` is read by these attentions alone.
+pub fn masks_only(
+    template: &Template,
+    attentions: &HashMap<usize, Attention>,
+    entry: usize,
+) -> bool {
+    let softmaxes: Vec<usize> = attentions
+        .values()
+        .filter_map(|a| a.scores.last().copied())
+        .collect();
+    let mut readers = (0..template.entries.len())
+        .filter(|&i| template.entries[i].step.sources().contains(&entry));
+    readers.all(|i| softmaxes.contains(&i))
+}
+
 impl Attention {
     /// Its entries but the last.
     pub fn inner(&self) -> &[usize] {
@@ -72,7 +101,8 @@ impl Attention {
     }
 
     /// Emit it with at most `n_queries` queries at a time; `source` gives the tensors of entries
-    /// outside. Returns the result, and the stretches of nodes of the tiles.
+    /// outside, and for the mask the first key of each query [1, T]. Returns the result, and the
+    /// stretches of nodes of the tiles.
     ///
     /// # Errors
     /// Tensors that ggml does not take.
@@ -80,7 +110,7 @@ impl Attention {
         &self,
         c: &mut Ctx,
         record: &mut Record,
-        (template, n_queries): (&Template, usize),
+        (template, n_queries, numbers): (&Template, usize, Numbers),
         source: &dyn Fn(usize) -> Tensor,
     ) -> Result<(Tensor, Vec<Range<usize>>), GraphError> {
         let step = |i: usize| match &template.entries[i].step {
@@ -112,12 +142,13 @@ impl Attention {
                 let (op, params, src) = step(i);
                 let mut sources = vec![x];
                 for (k, &s) in src.iter().enumerate().skip(1) {
-                    let t = source(s);
-                    sources.push(if op == sys::GGML_OP_SOFT_MAX && k == 1 {
-                        let (ne, nb) = (c.ne(t), c.nb(t));
-                        c.view(t, [ne[0], rows, ne[2], ne[3]], nb, begin * nb[1])?
-                    } else {
-                        t
+                    let is_mask = op == sys::GGML_OP_SOFT_MAX && k == 1;
+                    sources.push(match &template.entries[s].step {
+                        Step::Leaf(Leaf::Mask { distance, .. }) if is_mask => {
+                            let tile = (begin, rows, *distance);
+                            mask(c, record, source(s), numbers, tile)?
+                        }
+                        _ => source(s),
                     });
                 }
                 x = record.emit(c, op, params, &sources, None)?;
@@ -134,4 +165,45 @@ impl Attention {
         let whole = whole.ok_or_else(|| GraphError::Untraceable("no queries".into()))?;
         Ok((whole, tiles))
     }
+}
+
+/// The mask [T, rows] of `rows` queries from `begin` on: 0 for keys from `first` [1, T] to the query
+/// itself, or minus their distance.
+fn mask(
+    c: &mut Ctx,
+    record: &mut Record,
+    first: Tensor,
+    numbers: Numbers,
+    (begin, rows, distance): (usize, i64, bool),
+) -> Result<Tensor, GraphError> {
+    let none = &[0; 16];
+    let n_keys = c.ne(numbers.keys)[0];
+    let of_rows = |c: &mut Ctx, t: Tensor| {
+        let nb = c.nb(t);
+        c.view(t, [1, rows, 1, 1], nb, begin * nb[1])
+    };
+    let (first, query) = (of_rows(c, first)?, of_rows(c, numbers.queries)?);
+    let wanted = Wanted {
+        ne: [n_keys, rows, 1, 1],
+        ..Wanted::default()
+    };
+    let keys = record.emit(c, sys::GGML_OP_REPEAT, none, &[numbers.keys], Some(&wanted))?;
+    let mut step = [0; 16];
+    step[0] = sys::GGML_UNARY_OP_STEP as i32;
+    let from_first = record.emit(c, sys::GGML_OP_SUB, none, &[keys, first], None)?;
+    let from_query = record.emit(c, sys::GGML_OP_SUB, none, &[keys, query], None)?;
+    // 1 where ±x + ½ is above 0.
+    let mut above = |record: &mut Record, x: Tensor, sign: f32| {
+        let x = record.emit(c, sys::GGML_OP_SCALE, &floats(&[sign, 0.5]), &[x], None)?;
+        record.emit(c, sys::GGML_OP_UNARY, &step, &[x], None)
+    };
+    let begun = above(record, from_first, 1.0)?;
+    let past = above(record, from_query, -1.0)?;
+    let seen = record.emit(c, sys::GGML_OP_MUL, none, &[begun, past], None)?;
+    let hidden = floats(&[HIDDEN, -HIDDEN]);
+    let mask = record.emit(c, sys::GGML_OP_SCALE, &hidden, &[seen], None)?;
+    if !distance {
+        return Ok(mask);
+    }
+    record.emit(c, sys::GGML_OP_ADD, none, &[mask, from_query], None)
 }

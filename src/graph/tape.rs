@@ -2,7 +2,7 @@
 //! low-rank factors.
 
 use super::GraphError;
-use super::attention::attentions;
+use super::attention::{Numbers, attentions, masks_only};
 use super::batch::{MaskKind, Packed};
 use super::forward::{Record, Wanted};
 use super::reverse::{Recomputed, gradients};
@@ -48,6 +48,9 @@ pub struct Tape {
     positions: Option<Tensor>,
     out_ids: Option<Tensor>,
     masks: Vec<(Tensor, MaskKind)>,
+    /// Where the keys of each query begin, and their numbers, for attention by tiles.
+    firsts: Vec<(Tensor, Option<usize>)>,
+    numbers: Option<Numbers>,
     dropout: Vec<(usize, Tensor)>,
     dropping: bool,
     output: Tensor,
@@ -165,6 +168,7 @@ impl Tape {
         let skipped: HashSet<usize> = tiled.values().flat_map(|a| a.inner()).copied().collect();
         let mut recomputed = Recomputed::default();
         let (mut block, mut begins) = (None, Vec::new());
+        let (mut firsts, mut numbers) = (Vec::new(), None);
         let mut c = Ctx::new(room)?;
         let (t, r) = (n_tokens as i64, n_rows as i64);
         let mut record = Record::default();
@@ -225,6 +229,12 @@ impl Tape {
                         w
                     }
                 },
+                Step::Leaf(Leaf::Mask { window, .. }) if masks_only(template, &tiled, i) => {
+                    let x = c.leaf(sys::GGML_TYPE_F32, [1, t, 1, 1], &e.name)?;
+                    inputs.push(x);
+                    firsts.push((x, parts.window.filter(|_| *window)));
+                    x
+                }
                 Step::Leaf(leaf) => {
                     let (ty, ne) = match leaf {
                         Leaf::Mask { .. } => (sys::GGML_TYPE_F32, [t, t, 1, 1]),
@@ -282,7 +292,16 @@ impl Tape {
                     offset,
                 } => {
                     if let Some(attention) = tiled.get(&i) {
-                        let parts = (template, n_queries);
+                        let numbers = match numbers {
+                            Some(numbers) => numbers,
+                            None => {
+                                let keys = c.leaf(sys::GGML_TYPE_F32, [t, 1, 1, 1], "")?;
+                                let queries = c.leaf(sys::GGML_TYPE_F32, [1, t, 1, 1], "")?;
+                                inputs.extend([keys, queries]);
+                                *numbers.insert(Numbers { keys, queries })
+                            }
+                        };
+                        let parts = (template, n_queries, numbers);
                         let (out, tiles) = attention.emit(&mut c, &mut record, parts, &source)?;
                         recomputed.parts.extend(tiles);
                         built[i] = Some(out);
@@ -374,6 +393,8 @@ impl Tape {
             positions,
             out_ids,
             masks,
+            firsts,
+            numbers,
             dropping: !dropout.is_empty(),
             dropout,
             output,
@@ -469,6 +490,14 @@ impl Tape {
         }
         if let Some(ids) = self.out_ids {
             self.ctx.write(ids, &batch.rows)?;
+        }
+        for &(first, window) in &self.firsts {
+            self.ctx.write(first, &batch.first_seen(window))?;
+        }
+        if let Some(numbers) = self.numbers {
+            let numbered: Vec<f32> = (0..batch.n_tokens()).map(|i| i as f32).collect();
+            self.ctx.write(numbers.keys, &numbered)?;
+            self.ctx.write(numbers.queries, &numbered)?;
         }
         for &(m, kind) in &self.masks {
             self.ctx.write(m, &batch.mask(kind))?;
