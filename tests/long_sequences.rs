@@ -4,7 +4,7 @@
 mod support;
 
 use nepenthe::data::{GENERAL_TEXT, Sample};
-use nepenthe::graph::tape::{Factor, Trained};
+use nepenthe::graph::trained::{Factor, Trained};
 use nepenthe::model::OpenModel;
 use nepenthe::score::{answer_losses, scoring_context};
 use nepenthe::train::engine::{Engine, Item};

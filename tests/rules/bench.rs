@@ -3,7 +3,7 @@
 use nepenthe::ggml::{Cpu, Ctx, Tensor, sys};
 use nepenthe::graph::GraphError;
 use nepenthe::graph::forward::{Record, Wanted};
-use nepenthe::graph::reverse::gradients;
+use nepenthe::graph::reverse::{Recomputed, gradients};
 use nepenthe::graph::rules::Weightless;
 use nepenthe::rng::SplitMix64;
 
@@ -131,7 +131,15 @@ pub fn check_at(h: f32, tolerance: f64, build: impl Fn(&mut Bench) -> Tensor) {
         .leaf(sys::GGML_TYPE_F32, c.ne(out), "seed")
         .expect("a leaf");
     let leaves: Vec<Tensor> = params.iter().map(|(t, _)| *t).collect();
-    let grads = gradients(&mut c, &record, out, seed, &leaves, &mut NoWeights).expect("rules");
+    let grads = gradients(
+        &mut c,
+        (&record, &Recomputed::default()),
+        out,
+        seed,
+        &leaves,
+        &mut NoWeights,
+    )
+    .expect("rules");
     let read = c.packed(out).expect("room");
     let graph = c.graph(&[read]).expect("a graph");
     for &t in grads.iter().chain([&read]) {

@@ -4,7 +4,7 @@
 use super::bench::{Bench, NoWeights, check, check_at};
 use nepenthe::ggml::{Cpu, Ctx, Tensor, dequantize, quantize, sys};
 use nepenthe::graph::forward::{Record, floats};
-use nepenthe::graph::reverse::gradients;
+use nepenthe::graph::reverse::{Recomputed, gradients};
 use nepenthe::rng::SplitMix64;
 
 const N_TOKENS: i64 = 5;
@@ -75,7 +75,15 @@ fn gradient(ty: u32, stack: &[u8]) -> Vec<f32> {
     let src = [experts, x, ids];
     let out = record.emit(&mut c, sys::GGML_OP_MUL_MAT_ID, &[0; 16], &src, None);
     let out = out.expect("built");
-    let grads = gradients(&mut c, &record, out, seed, &[x], &mut NoWeights).expect("rules");
+    let grads = gradients(
+        &mut c,
+        (&record, &Recomputed::default()),
+        out,
+        seed,
+        &[x],
+        &mut NoWeights,
+    )
+    .expect("rules");
     let graph = c.graph(&grads).expect("a graph");
     c.set_output(grads[0]);
     let _memory = cpu.place(&mut c, &[experts, x, ids, seed]).expect("room");
