@@ -2,7 +2,8 @@
 //! eval callback.
 //!
 //! For every adaptable weight W and sample s: `h(s) = Σ_t W·x_t` over the sample's real
-//! tokens (ReGLU, arXiv 2604.17396, section 3; its reference code also sums padding).
+//! tokens (ReGLU, arXiv 2604.17396, section 3; its reference code also sums padding). Where a model
+//! loops over its layers, the sum is over all loops: one update acts in each of them.
 
 use crate::data::Sample;
 use crate::error::Error;
@@ -35,8 +36,9 @@ struct Watch {
     /// Token ranges of the samples in the running batch, with their sample numbers.
     spans: Vec<(usize, Range<usize>)>,
     values: Vec<f32>,
-    last: usize,
-    done: bool,
+    /// Products of a pass, and those of the running one that are still to come.
+    n_products: usize,
+    to_come: usize,
 }
 
 struct Watcher(Arc<Mutex<Watch>>);
@@ -68,13 +70,13 @@ impl Hook for Watcher {
                 }
             }
         }
-        // Nothing of interest follows the last weight: the output head need not run.
-        watch.done = i == watch.last;
+        watch.to_come = watch.to_come.saturating_sub(1);
         true
     }
 
     fn abort(&mut self) -> bool {
-        self.0.lock().expect("only this thread locks").done
+        // Nothing of interest follows the last product: the output head need not run.
+        self.0.lock().expect("only this thread locks").to_come == 0
     }
 }
 
@@ -95,7 +97,8 @@ pub fn pooled_outputs(
         .map(|(i, t)| (t.name.clone(), i))
         .collect();
     let watch = Arc::new(Mutex::new(Watch {
-        last: adaptable.len().saturating_sub(1),
+        n_products: adaptable.iter().map(|t| t.n_uses).sum(),
+        to_come: 0,
         index,
         pooled: adaptable
             .iter()
@@ -104,7 +107,6 @@ pub fn pooled_outputs(
         widths: adaptable.iter().map(|t| t.n_out).collect(),
         spans: Vec::new(),
         values: Vec::new(),
-        done: false,
     }));
     let lengths: Vec<usize> = samples.iter().map(|s| s.tokens.len()).collect();
     let longest = lengths.iter().copied().max().unwrap_or(1);
@@ -136,7 +138,7 @@ pub fn pooled_outputs(
             {
                 let mut watch = watch.lock().expect("the context is idle");
                 watch.spans = spans;
-                watch.done = false;
+                watch.to_come = watch.n_products;
             }
             context.clear();
             match context.decode(&mut batch) {

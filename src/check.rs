@@ -6,8 +6,10 @@ use crate::error::Error;
 use crate::ggml::{Batch, Context, ContextOptions, Cpu, Token};
 use crate::graph::batch::{Packed, Sequence};
 use crate::graph::reverse::first_without_rule;
-use crate::graph::tape::{End, Parts, Tape, Trained};
+use crate::graph::tape::{End, Parts, Tape};
+use crate::graph::template::{self, Template};
 use crate::graph::trace::trace;
+use crate::graph::trained::Trained;
 use crate::graph::weights::Transposed;
 use crate::model::OpenModel;
 use crate::train::adapters::Pairs;
@@ -33,6 +35,10 @@ pub struct Checked {
     pub adaptable: usize,
     /// Their names.
     pub tensors: Vec<String>,
+    /// What they are called within their blocks, each once.
+    pub kinds: Vec<String>,
+    /// The frozen experts of a mixture.
+    pub experts: Option<Experts>,
     /// The first op without a gradient rule; training is then impossible.
     pub missing_rule: Option<String>,
     /// Largest absolute difference of the rebuilt graph's logits from llama_decode's.
@@ -47,6 +53,23 @@ pub struct Checked {
     pub trace_ms: f64,
     /// One step of 256 tokens at rank 32, if the model can be trained.
     pub step: Option<Step>,
+}
+
+/// Experts, which stay as they are, with the matrices that choose among them. Gradients pass through
+/// those that are chosen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Experts {
+    /// Experts of a layer, at most.
+    pub count: usize,
+    /// Those that a token is sent through, at most.
+    pub used: usize,
+    /// Stacks of their matrices, over all layers.
+    pub stacks: usize,
+    /// Bytes of those stacks in the file.
+    pub bytes: usize,
+    /// Stacks that are decoded anew in every backward pass, as there is no memory for transposed
+    /// copies of them all.
+    pub decoded: usize,
 }
 
 /// A measured training step.
@@ -85,6 +108,8 @@ pub fn check(open: &OpenModel, n_threads: usize) -> Result<Checked, Error> {
         arch: open.weights.arch()?.to_owned(),
         adaptable: template.adaptable.len(),
         tensors: template.adaptable.iter().map(|t| t.name.clone()).collect(),
+        kinds: template.adaptable_kinds(),
+        experts: experts(open, &template)?,
         missing_rule,
         max_abs_diff,
         max_rel_diff: max_abs_diff / largest.max(f64::MIN_POSITIVE),
@@ -95,9 +120,31 @@ pub fn check(open: &OpenModel, n_threads: usize) -> Result<Checked, Error> {
     })
 }
 
+/// The experts of the graph, if it has any.
+fn experts(open: &OpenModel, template: &Template) -> Result<Option<Experts>, Error> {
+    let stacks = template.experts();
+    let (mut bytes, mut copies) = (0, Transposed::default());
+    let mut decoded = 0;
+    // The way back meets the last ones first.
+    for stack in stacks.iter().rev() {
+        bytes += open.weights.bytes(&stack.name)?.len();
+        decoded += usize::from(!copies.has_room(&open.weights, &stack.name)?);
+    }
+    let most = |of: fn(&template::Experts) -> usize| stacks.iter().map(of).max();
+    Ok(most(|s| s.count)
+        .zip(most(|s| s.used))
+        .map(|(count, used)| Experts {
+            count,
+            used,
+            stacks: stacks.len(),
+            bytes,
+            decoded,
+        }))
+}
+
 fn rebuilt_logits(
     open: &OpenModel,
-    template: &crate::graph::template::Template,
+    template: &Template,
     tokens: &[Token],
     n_threads: usize,
 ) -> Result<Vec<f32>, Error> {
@@ -111,6 +158,7 @@ fn rebuilt_logits(
         template,
         weights: &open.weights,
         window: usize::try_from(open.model.n_swa()).ok().filter(|&w| w > 0),
+        recompute: None,
     };
     let shape = (batch.n_tokens(), batch.n_padded_rows());
     let mut transposed = Transposed::default();

@@ -4,7 +4,7 @@
 mod support;
 
 use nepenthe::data::{GENERAL_TEXT, Sample};
-use nepenthe::graph::tape::{Factor, Factors, Trained};
+use nepenthe::graph::trained::{Factor, Factors, Trained};
 use nepenthe::model::OpenModel;
 use nepenthe::rng::SplitMix64;
 use nepenthe::train::answer_loss::AnswerLoss;

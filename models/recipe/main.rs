@@ -11,8 +11,9 @@ use nepenthe::data::{Record, Sample, build_samples};
 use nepenthe::ggml::{Cpu, quantize};
 use nepenthe::gguf::{Array, GgmlType, Gguf, GgufWriter, Metadata, Value};
 use nepenthe::graph::batch::{Packed, Sequence, pack};
-use nepenthe::graph::tape::{End, FreeWeights, Parts, Tape, Trained};
+use nepenthe::graph::tape::{End, Parts, Tape};
 use nepenthe::graph::trace::trace;
+use nepenthe::graph::trained::{FreeWeights, Trained};
 use nepenthe::graph::weights::Transposed;
 use nepenthe::model::OpenModel;
 use nepenthe::rng::SplitMix64;
@@ -191,6 +192,7 @@ fn pretrain(start: &Path, trained: &Path, records: &[Record]) -> Fallible<()> {
         template: &template,
         weights: &open.weights,
         window: None,
+        recompute: None,
     };
     let mut transposed = Transposed::default();
     let mut tape: Option<Tape> = None;

@@ -3,12 +3,13 @@
 use super::common::{ModelArgs, Output};
 use crate::check::check;
 use crate::error::Error;
+use crate::graph::weights::EXPERT_COPIES;
 use clap::Args;
 
 /// Whether a model can be trained here, and at what cost
 #[derive(Debug, Args)]
 #[command(after_long_help = concat!(
-    "Architectures tested on models of random weights:\n\n",
+    "Architectures of the llama.cpp inside. Those that are trained are tested on models of random\nweights.\n\n",
     include_str!("../architectures.md")
 ))]
 pub struct Check {
@@ -27,7 +28,27 @@ impl Check {
             return Ok(());
         }
         println!("architecture     {}", c.arch);
-        println!("adaptable        {} tensors", c.adaptable);
+        println!(
+            "adaptable        {} tensors: {}",
+            c.adaptable,
+            c.kinds.join(", ")
+        );
+        if let Some(e) = &c.experts {
+            println!(
+                "experts          {} of {} for each token, in {} stacks ({} MiB): frozen, with the matrices that choose them",
+                e.used,
+                e.count,
+                e.stacks,
+                e.bytes >> 20
+            );
+            if e.decoded > 0 {
+                println!(
+                    "                 {} of the stacks are decoded anew on every way back: copies of all would take more than {} MiB",
+                    e.decoded,
+                    EXPERT_COPIES >> 20
+                );
+            }
+        }
         println!(
             "parity           largest logit difference {:.3e} ({:.3e} relative), same likeliest token {:.1}% of {}",
             c.max_abs_diff,

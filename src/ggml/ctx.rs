@@ -6,7 +6,7 @@
 
 use super::backend::Buffer;
 use ggml_sys::{ggml_cgraph, ggml_context, ggml_tensor};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ffi::CString;
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
@@ -60,7 +60,7 @@ pub struct Ctx {
     capacity: usize,
 }
 
-type Result<T> = std::result::Result<T, OpError>;
+pub(super) type Result<T> = std::result::Result<T, OpError>;
 
 impl Ctx {
     /// A context with room for `capacity` tensors and three graphs of them.
@@ -89,7 +89,7 @@ impl Ctx {
         })
     }
 
-    fn raw(&self) -> *mut ggml_context {
+    pub(super) fn raw(&self) -> *mut ggml_context {
         self.raw.as_ptr()
     }
 
@@ -104,7 +104,7 @@ impl Ctx {
         super::NodeView::new(self.get(t))
     }
 
-    fn ptr(&self, t: Tensor) -> *mut ggml_tensor {
+    pub(super) fn ptr(&self, t: Tensor) -> *mut ggml_tensor {
         self.tensors[t.0 as usize].as_ptr()
     }
 
@@ -116,7 +116,7 @@ impl Ctx {
         Ok(())
     }
 
-    fn keep(&mut self, raw: *mut ggml_tensor) -> Result<Tensor> {
+    pub(super) fn keep(&mut self, raw: *mut ggml_tensor) -> Result<Tensor> {
         let raw = NonNull::new(raw).ok_or(OpError::Full(self.capacity))?;
         let id = u32::try_from(self.tensors.len()).map_err(|_| OpError::Full(self.capacity))?;
         self.tensors.push(raw);
@@ -131,7 +131,13 @@ impl Ctx {
         ts.iter().map(one).collect::<Vec<_>>().join(" and ")
     }
 
-    fn need(&self, ok: bool, op: &'static str, wanted: &'static str, ts: &[Tensor]) -> Result<()> {
+    pub(super) fn need(
+        &self,
+        ok: bool,
+        op: &'static str,
+        wanted: &'static str,
+        ts: &[Tensor],
+    ) -> Result<()> {
         if ok {
             return self.room();
         }
@@ -170,6 +176,11 @@ impl Ctx {
         unsafe { ggml_sys::ggml_nbytes(self.ptr(t)) }
     }
 
+    /// Whether the tensor has memory yet.
+    pub fn has_memory(&self, t: Tensor) -> bool {
+        !self.get(t).data.is_null()
+    }
+
     /// The ggml op number that computes the tensor (0: a leaf).
     pub fn op(&self, t: Tensor) -> u32 {
         self.get(t).op
@@ -195,14 +206,48 @@ impl Ctx {
         true
     }
 
-    fn is_f32(&self, t: Tensor) -> bool {
+    pub(super) fn is_f32(&self, t: Tensor) -> bool {
         self.ty(t) == ggml_sys::GGML_TYPE_F32
     }
 
-    fn rows_packed(&self, t: Tensor) -> bool {
+    pub(super) fn rows_packed(&self, t: Tensor) -> bool {
         let g = self.get(t);
         // SAFETY: valid type number.
         g.nb[0] == unsafe { ggml_sys::ggml_type_size(g.type_) }
+    }
+
+    /// Whether rows are packed and lie at equal distances throughout, as ggml's
+    /// `is_contiguous_1` has it.
+    fn rows_even(&self, t: Tensor) -> bool {
+        let (ne, nb) = (self.ne(t).map(|n| n as usize), self.nb(t));
+        let mut next = if ne[1] == 1 {
+            nb[0] * ne[0]
+        } else {
+            nb[1] * ne[1]
+        };
+        for d in 2..4 {
+            if ne[d] != 1 && nb[d] != next {
+                return false;
+            }
+            next *= ne[d];
+        }
+        self.rows_packed(t)
+    }
+
+    /// The op of the tensor that `t` is a view of.
+    pub(super) fn view_source_op(&self, t: Tensor) -> Option<u32> {
+        // SAFETY: a live tensor's view source is live.
+        unsafe { self.get(t).view_src.as_ref() }.map(|v| v.op)
+    }
+
+    /// The tensor of this context that `t` is a view of, or `t`.
+    pub fn view_root(&self, t: Tensor) -> Tensor {
+        let source = self.get(t).view_src;
+        if source.is_null() {
+            return t;
+        }
+        let found = self.tensors.iter().position(|p| p.as_ptr() == source);
+        found.map_or(t, |i| Tensor(i as u32))
     }
 
     fn repeats(&self, small: Tensor, large: Tensor) -> bool {
@@ -783,23 +828,22 @@ impl Ctx {
     }
 
     /// Gated activation `act(a)·b` by ggml's GLU number; without `b` the halves of `a`
-    /// (`swapped`: second half gated).
+    /// (`swapped`: second half gated). Gates with a slope or a limit take them from
+    /// [`Ctx::set_op_params`].
     ///
     /// # Errors
-    /// Tensors that are not f32 with contiguous rows and one shape.
+    /// Tensors that are not f32 with rows at equal distances and one shape.
     pub fn glu(&mut self, a: Tensor, b: Option<Tensor>, op: u32, swapped: bool) -> Result<Tensor> {
-        let known = op < ggml_sys::llama::GGML_GLU_OP_SWIGLU_OAI
-            || op == ggml_sys::llama::GGML_GLU_OP_GEGLU_ERF
-            || op == ggml_sys::llama::GGML_GLU_OP_GEGLU_QUICK;
         let shape_ok = match b {
-            Some(b) => self.is_f32(b) && self.is_contiguous(b) && self.ne(a) == self.ne(b),
+            Some(b) => self.is_f32(b) && self.rows_even(b) && self.ne(a) == self.ne(b),
             None => self.ne(a)[0] % 2 == 0,
         };
-        let ok = known && self.is_f32(a) && self.is_contiguous(a) && shape_ok;
+        let known = op < ggml_sys::llama::GGML_GLU_OP_COUNT;
+        let ok = known && self.is_f32(a) && self.rows_even(a) && shape_ok;
         self.need(
             ok,
             "glu",
-            "contiguous f32 of one shape and a known gate",
+            "f32 of one shape with even rows and a known gate",
             &[a],
         )?;
         // SAFETY: checked above.
@@ -867,9 +911,18 @@ impl Ctx {
         offset: usize,
     ) -> Result<Tensor> {
         // SAFETY: valid type number.
-        let size = unsafe { ggml_sys::ggml_type_size(self.ty(a)) };
-        let last: usize = (0..4).map(|d| (ne[d].max(1) as usize - 1) * nb[d]).sum();
+        let (size, block) = unsafe {
+            let ty = self.ty(a);
+            (ggml_sys::ggml_type_size(ty), ggml_sys::ggml_blck_size(ty))
+        };
+        // A row of a quantised type is a run of blocks, each with `block` elements.
+        let blocks = [ne[0] / block.max(1), ne[1], ne[2], ne[3]];
+        let last: usize = (0..4)
+            .map(|d| (blocks[d].max(1) as usize - 1) * nb[d])
+            .sum();
         let ok = ne.iter().all(|&n| n > 0)
+            && block > 0
+            && ne[0] % block == 0
             && nb[0] == size
             && self.rows_packed(a)
             && offset + last + size <= self.n_bytes(a);
@@ -1046,23 +1099,38 @@ impl Ctx {
 
     // ---- graphs ------------------------------------------------------------------------
 
-    /// A graph that computes `roots`, each with all it needs, in that order.
+    /// A graph that computes `roots` and all they need, in the order in which they were made.
     ///
     /// # Errors
     /// More than three graphs, or no root.
     pub fn graph(&mut self, roots: &[Tensor]) -> Result<Graph> {
         let g = self.new_graph()?;
-        for &t in roots {
-            // SAFETY: live graph and tensor; the graph has room for every header of the context.
-            unsafe { ggml_sys::ggml_build_forward_expand(self.graph_ptr(g), self.ptr(t)) };
-        }
+        self.extend_graph(g, roots);
         Ok(g)
     }
 
-    /// Append `root` and all it needs to a graph.
-    pub fn extend_graph(&mut self, g: Graph, root: Tensor) {
-        // SAFETY: live graph and tensor; the graph has room for every header of the context.
-        unsafe { ggml_sys::ggml_build_forward_expand(self.graph_ptr(g), self.ptr(root)) };
+    /// Append `roots` and all they need, in the order in which they were made, to a graph.
+    ///
+    /// ggml's own walk from the result back recurses once a node: a deep model would end the
+    /// thread's stack. Sources are made before their readers, so it is given one node at a time;
+    /// and what is computed when it was made needs its sources no longer than it must.
+    pub fn extend_graph(&mut self, g: Graph, roots: &[Tensor]) {
+        let mut needed: HashSet<*mut ggml_tensor> = HashSet::new();
+        let mut open: Vec<*mut ggml_tensor> = roots.iter().map(|&t| self.ptr(t)).collect();
+        while let Some(t) = open.pop() {
+            if needed.insert(t) {
+                // SAFETY: sources of live headers are live.
+                let sources = unsafe { (*t).src };
+                open.extend(sources.iter().filter(|s| !s.is_null()));
+            }
+        }
+        for t in &self.tensors {
+            if needed.contains(&t.as_ptr()) {
+                // SAFETY: live graph and tensor; the graph has room for every header of the
+                // context.
+                unsafe { ggml_sys::ggml_build_forward_expand(self.graph_ptr(g), t.as_ptr()) };
+            }
+        }
     }
 
     /// Nodes `range` of `of`, as a graph of their own.
@@ -1086,6 +1154,31 @@ impl Ctx {
     pub fn n_nodes(&self, g: Graph) -> usize {
         // SAFETY: live graph.
         unsafe { ggml_sys::ggml_graph_n_nodes(self.graph_ptr(g)) as usize }
+    }
+
+    /// What the nodes of `g` from `n` on read of those before them, each once, as the tensors that
+    /// own the memory.
+    pub fn carried_over(&self, g: Graph, n: usize) -> Vec<Tensor> {
+        let ids = self.tensors.iter().enumerate();
+        let ids: HashMap<*mut ggml_tensor, u32> =
+            ids.map(|(i, t)| (t.as_ptr(), i as u32)).collect();
+        let owner = |t: *mut ggml_tensor| {
+            // SAFETY: nodes, sources and view sources of a live graph are live.
+            let source = unsafe { (*t).view_src };
+            if source.is_null() { t } else { source }
+        };
+        // SAFETY: the index is below the node count.
+        let node = |i: usize| unsafe { ggml_sys::ggml_graph_node(self.graph_ptr(g), i as i32) };
+        let before: HashSet<_> = (0..n).map(|i| owner(node(i))).collect();
+        let mut carried = HashSet::new();
+        for i in n..self.n_nodes(g) {
+            // SAFETY: as above.
+            let sources = unsafe { (*node(i)).src };
+            let read = sources.into_iter().filter(|s| !s.is_null()).map(owner);
+            carried.extend(read.filter(|s| before.contains(s)));
+        }
+        let ids = carried.iter().filter_map(|t| ids.get(t).copied());
+        ids.map(Tensor).collect()
     }
 
     fn new_graph(&mut self) -> Result<Graph> {

@@ -5,6 +5,7 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::ffi::{CStr, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::null_mut;
 
 /// A node of llama.cpp's graph, as the callback sees it.
 pub struct NodeView<'a>(&'a ggml_tensor);
@@ -119,7 +120,9 @@ fn read_f32(t: &ggml_tensor, out: &mut Vec<f32>) -> bool {
         }
         stride *= t.ne[d] as usize;
     }
-    if t.type_ != ggml_sys::GGML_TYPE_F32 || t.data.is_null() {
+    // SAFETY: a live node's view source is live.
+    let owner = unsafe { t.view_src.as_ref() }.unwrap_or(t);
+    if t.type_ != ggml_sys::GGML_TYPE_F32 || t.data.is_null() || owner.buffer.is_null() {
         return false;
     }
     out.resize(stride / 4, 0.0);
@@ -244,23 +247,40 @@ impl Recorded {
         self.nodes.push(i);
     }
 
+    /// The index of `t`, after whatever it reads. Without recursion: a graph may be deeper than
+    /// the thread's stack.
     fn add(&mut self, t: &ggml_tensor) -> usize {
-        let key = std::ptr::from_ref(t) as usize;
-        if let Some(&i) = self.index.get(&key) {
-            return i;
-        }
-        let mut src = [None; 10];
-        for (slot, p) in src.iter_mut().zip(t.src) {
-            // `ggml_cast` nodes name themselves as a source: skip those.
-            if !p.is_null() && p as usize != key {
-                // SAFETY: sources of a live node are live.
-                *slot = Some(self.add(unsafe { &*p }));
+        let mut open = vec![t];
+        while let Some(&t) = open.last() {
+            let known = open.len();
+            if !self.index.contains_key(&key(t)) {
+                let reads = sources(t).chain([t.view_src]).filter(|p| !p.is_null());
+                // The first source is to be added first, as it is taken from the end.
+                let missing: Vec<&ggml_tensor> = reads
+                    .filter(|&p| !self.index.contains_key(&(p as usize)))
+                    // SAFETY: sources and view sources of a live node are live.
+                    .map(|p| unsafe { &*p })
+                    .collect();
+                open.extend(missing.into_iter().rev());
+                if open.len() == known {
+                    self.keep(t);
+                }
+            }
+            if open.len() == known {
+                open.pop();
             }
         }
-        // SAFETY: a live node's view source is live.
-        let view_src = unsafe { t.view_src.as_ref() }.map(|v| self.add(v));
-        let i = self.tensors.len();
-        self.tensors.push(RecordedTensor {
+        self.index[&key(t)]
+    }
+
+    /// Take down `t`, whose sources are known.
+    fn keep(&mut self, t: &ggml_tensor) {
+        let known = |p: *mut ggml_tensor| self.index.get(&(p as usize)).copied();
+        let mut src = [None; 10];
+        for (slot, p) in src.iter_mut().zip(sources(t)) {
+            *slot = known(p);
+        }
+        let recorded = RecordedTensor {
             op: t.op,
             ty: t.type_,
             ne: t.ne,
@@ -268,13 +288,24 @@ impl Recorded {
             op_params: t.op_params,
             flags: t.flags,
             src,
-            view_src,
+            view_src: known(t.view_src),
             name: name_of(t),
             constant: constant(t),
-        });
-        self.index.insert(key, i);
-        i
+        };
+        self.index.insert(key(t), self.tensors.len());
+        self.tensors.push(recorded);
     }
+}
+
+fn key(t: &ggml_tensor) -> usize {
+    std::ptr::from_ref(t) as usize
+}
+
+/// The sources of `t`; null where it has none, and where a `ggml_cast` node names itself.
+fn sources(t: &ggml_tensor) -> impl Iterator<Item = *mut ggml_tensor> + '_ {
+    let own = key(t);
+    let other = move |&p: &*mut ggml_tensor| if p as usize == own { null_mut() } else { p };
+    t.src.iter().map(other)
 }
 
 #[cfg(test)]

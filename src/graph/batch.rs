@@ -76,6 +76,16 @@ impl Packed {
         self.rows.len()
     }
 
+    /// The first token that each token sees `[T]`: it sees all from there up to itself.
+    pub fn first_seen(&self, window: Option<usize>) -> Vec<f32> {
+        let of = |q: usize| {
+            let begin = q - self.positions[q] as usize;
+            let near = window.map_or(0, |w| (q + 1).saturating_sub(w));
+            begin.max(near) as f32
+        };
+        (0..self.n_tokens()).map(of).collect()
+    }
+
     /// The additive mask `[T, T]`: row q lets token q see its own sequence up to itself.
     pub fn mask(&self, kind: MaskKind) -> Vec<f32> {
         let n = self.n_tokens();

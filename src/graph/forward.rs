@@ -48,6 +48,8 @@ pub struct Wanted {
     pub nb: [usize; 4],
     /// Bytes from the start of the source.
     pub offset: usize,
+    /// ggml's type number.
+    pub ty: u32,
 }
 
 impl Record {
@@ -106,8 +108,22 @@ impl Record {
                 let (scale, max_bias) = (float(params, 0), float(params, 1));
                 c.soft_max(a, Some(mask), Some(sinks), scale, max_bias)?
             }
-            (sys::GGML_OP_GLU, &[a]) => c.glu(a, None, params[0] as u32, params[1] != 0)?,
-            (sys::GGML_OP_GLU, &[a, b]) => c.glu(a, Some(b), params[0] as u32, false)?,
+            (sys::GGML_OP_GLU, &[a, ref b @ ..]) if b.len() < 2 => {
+                let (b, swapped) = (b.first().copied(), params[1] != 0);
+                let out = c.glu(a, b, params[0] as u32, swapped)?;
+                c.set_op_params(out, params);
+                out
+            }
+            (sys::GGML_OP_MUL_MAT_ID, &[experts, b, ids]) => {
+                let out = c.mul_mat_id(experts, b, ids)?;
+                c.set_op_params(out, params);
+                out
+            }
+            (sys::GGML_OP_ADD_ID, &[a, b, ids]) => c.add_id(a, b, ids)?,
+            (sys::GGML_OP_ARGSORT, &[a]) => c.argsort(a, params[0] as u32)?,
+            (sys::GGML_OP_SET_ROWS, &[b, ids, a]) => c.set_rows(a, b, ids)?,
+            (sys::GGML_OP_FILL, &[a]) => c.fill_like(a, float(params, 0))?,
+            (sys::GGML_OP_CPY, &[a]) => c.cast(a, shape()?.ty)?,
             (sys::GGML_OP_UNARY, &[a]) => {
                 let out = c.unary(a, params[0] as u32)?;
                 c.set_op_params(out, params);

@@ -97,6 +97,7 @@ impl Head {
                 ne: e.ne.map(|n| n.at(r, r)),
                 nb: nb.map(|n| n.at(r, r) as usize),
                 offset: offset.at(r, r) as usize,
+                ty: e.ty,
             };
             let out = record.emit(&mut c, *op, params, &src, Some(&wanted))?;
             product.get_or_insert(out);
@@ -125,7 +126,7 @@ impl Head {
             let g = c.packed(g)?;
             c.set_output(g);
             let n = c.n_nodes(graph);
-            c.extend_graph(graph, g);
+            c.extend_graph(graph, &[g]);
             let end = c.n_nodes(graph);
             let back = c.graph_part(graph, n..end)?;
             after = Some((back, seed, g));

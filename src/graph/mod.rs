@@ -1,15 +1,19 @@
 //! llama.cpp's own compute graph, recorded, rebuilt over the mapped model file with LoRA
 //! factors on its linear layers, and differentiated by a table of vector-Jacobian rules.
 //!
-//! [`trace`] records, [`template`] frees the recording of its batch size and KV cache,
+//! [`trace`] records, [`recording`] makes of it a [`template`] free of batch size and KV cache,
 //! [`tape`] builds forward and backward for one batch shape, [`reverse`] goes back through it,
 //! [`rules`] holds the derivative of every op, [`head`] turns hidden states into logits a few rows at a time.
 
+#[cfg(feature = "train")]
+pub mod attention;
 pub mod batch;
 #[cfg(feature = "train")]
 pub mod forward;
 #[cfg(feature = "train")]
 pub mod head;
+#[cfg(feature = "train")]
+pub mod recording;
 #[cfg(feature = "train")]
 pub mod reverse;
 #[cfg(feature = "train")]
@@ -20,6 +24,8 @@ pub mod tape;
 pub mod template;
 #[cfg(feature = "train")]
 pub mod trace;
+#[cfg(feature = "train")]
+pub mod trained;
 pub mod weights;
 
 use crate::ggml::{LlamaError, OpError, QuantError};

@@ -2,204 +2,16 @@
 //! low-rank factors.
 
 use super::GraphError;
+use super::attention::{Numbers, attentions, masks_only};
 use super::batch::{MaskKind, Packed};
 use super::forward::{Record, Wanted};
-use super::reverse::gradients;
-use super::rules::Weightless;
+use super::reverse::{Recomputed, gradients};
+use super::rules::{TILE, Weightless, tile_rows};
 use super::template::{Leaf, Step, Template};
+use super::trained::Trained;
 use super::weights::{Transposed, Weights};
-use crate::ggml::{Buffer, Cpu, Ctx, Graph, Plan, Tensor, sys};
-use std::collections::HashMap;
-use std::sync::Arc;
-
-/// One low-rank term `scale·B(A·x)` on an adaptable weight.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Factor {
-    /// Index into [`Template::adaptable`].
-    pub tensor: usize,
-    /// Rank.
-    pub rank: usize,
-    /// Scale s.
-    pub scale: f32,
-    /// Whether gradients are wanted.
-    pub trainable: bool,
-}
-
-/// Low-rank factors in backend memory: `lora_a [n_in, rank]`, `lora_b [rank, n_out]` each.
-pub struct Factors {
-    /// What they adapt.
-    pub list: Vec<Factor>,
-    /// Whether tapes with gradients multiply a mask into the input of every adapted weight, one
-    /// for all its factors ([`Tape::set_dropout`]).
-    pub dropout: bool,
-    ctx: Ctx,
-    tensors: Vec<(Tensor, Tensor)>,
-    offsets: Vec<(usize, usize)>,
-    buffer: Arc<Buffer>,
-}
-
-impl Factors {
-    /// Zeroed factors for `list`.
-    ///
-    /// # Errors
-    /// When the memory cannot be had.
-    pub fn new(cpu: &Cpu, template: &Template, list: Vec<Factor>) -> Result<Self, GraphError> {
-        let mut ctx = Ctx::new(2 * list.len() + 8)?;
-        let mut tensors = Vec::new();
-        let (mut offsets, mut at) = (Vec::new(), 0usize);
-        let mut place = |bytes: usize| {
-            let here = at;
-            at += bytes.next_multiple_of(64);
-            here
-        };
-        for f in &list {
-            let t = &template.adaptable[f.tensor];
-            let (a, b) = (a_shape(t.n_in, f.rank), b_shape(t.n_out, f.rank));
-            tensors.push((
-                ctx.leaf(sys::GGML_TYPE_F32, a, "")?,
-                ctx.leaf(sys::GGML_TYPE_F32, b, "")?,
-            ));
-            offsets.push((place(t.n_in * f.rank * 4), place(t.n_out * f.rank * 4)));
-        }
-        let buffer = cpu.alloc(at)?;
-        for (&(a, b), &(at_a, at_b)) in tensors.iter().zip(&offsets) {
-            ctx.bind(a, &buffer, at_a)?;
-            ctx.bind(b, &buffer, at_b)?;
-        }
-        Ok(Self {
-            list,
-            dropout: false,
-            ctx,
-            tensors,
-            offsets,
-            buffer,
-        })
-    }
-
-    /// Set factor `i`: `a [n_in, rank]`, `b [rank, n_out]`.
-    ///
-    /// # Errors
-    /// Other lengths.
-    pub fn write(&mut self, i: usize, a: &[f32], b: &[f32]) -> Result<(), GraphError> {
-        let (ta, tb) = self.tensors[i];
-        self.ctx.write(ta, a)?;
-        self.ctx.write(tb, b)?;
-        Ok(())
-    }
-
-    /// Bytes held.
-    pub fn bytes(&self) -> usize {
-        self.buffer.size()
-    }
-
-    fn leaves(
-        &self,
-        c: &mut Ctx,
-        template: &Template,
-        i: usize,
-    ) -> Result<(Tensor, Tensor), GraphError> {
-        let f = &self.list[i];
-        let t = &template.adaptable[f.tensor];
-        let a = c.leaf(sys::GGML_TYPE_F32, a_shape(t.n_in, f.rank), "")?;
-        let b = c.leaf(sys::GGML_TYPE_F32, b_shape(t.n_out, f.rank), "")?;
-        c.bind(a, &self.buffer, self.offsets[i].0)?;
-        c.bind(b, &self.buffer, self.offsets[i].1)?;
-        Ok((a, b))
-    }
-}
-
-fn a_shape(n_in: usize, rank: usize) -> [i64; 4] {
-    [n_in as i64, rank as i64, 1, 1]
-}
-
-fn b_shape(n_out: usize, rank: usize) -> [i64; 4] {
-    [rank as i64, n_out as i64, 1, 1]
-}
-
-/// Whole weights that are trained instead of frozen, in f32.
-pub struct FreeWeights {
-    names: Vec<String>,
-    shapes: Vec<[i64; 4]>,
-    ctx: Ctx,
-    tensors: Vec<Tensor>,
-    offsets: Vec<usize>,
-    buffer: Arc<Buffer>,
-}
-
-impl FreeWeights {
-    /// The named weights, decoded from the model file.
-    ///
-    /// # Errors
-    /// No tensor of that name, or no memory.
-    pub fn new(cpu: &Cpu, weights: &Weights, names: Vec<String>) -> Result<Self, GraphError> {
-        let mut ctx = Ctx::new(names.len() + 8)?;
-        let (mut tensors, mut offsets, mut shapes, mut at) = (vec![], vec![], vec![], 0usize);
-        for name in &names {
-            let info = weights.info(name)?;
-            let ne = info.ne.map(|n| n as i64);
-            tensors.push(ctx.leaf(sys::GGML_TYPE_F32, ne, name)?);
-            offsets.push(at);
-            shapes.push(ne);
-            at += (info.n_elements() as usize * 4).next_multiple_of(64);
-        }
-        let buffer = cpu.alloc(at)?;
-        for ((&t, &at), name) in tensors.iter().zip(&offsets).zip(&names) {
-            ctx.bind(t, &buffer, at)?;
-            ctx.write(t, &weights.decoded(name)?)?;
-        }
-        Ok(Self {
-            names,
-            shapes,
-            ctx,
-            tensors,
-            offsets,
-            buffer,
-        })
-    }
-
-    /// The names, in order.
-    pub fn names(&self) -> &[String] {
-        &self.names
-    }
-
-    /// Values of weight `i`.
-    ///
-    /// # Errors
-    /// Never for weights of this set.
-    pub fn read(&self, i: usize) -> Result<Vec<f32>, GraphError> {
-        let mut out = vec![0f32; self.ctx.n_elements(self.tensors[i])];
-        self.ctx.read(self.tensors[i], &mut out)?;
-        Ok(out)
-    }
-
-    /// Set weight `i`.
-    ///
-    /// # Errors
-    /// Another length.
-    pub fn write(&mut self, i: usize, values: &[f32]) -> Result<(), GraphError> {
-        Ok(self.ctx.write(self.tensors[i], values)?)
-    }
-
-    fn leaf(&self, c: &mut Ctx, name: &str) -> Result<Option<Tensor>, GraphError> {
-        let Some(i) = self.names.iter().position(|n| n == name) else {
-            return Ok(None);
-        };
-        let t = c.leaf(sys::GGML_TYPE_F32, self.shapes[i], name)?;
-        c.bind(t, &self.buffer, self.offsets[i])?;
-        Ok(Some(t))
-    }
-}
-
-/// What is trained.
-#[derive(Clone, Copy)]
-pub enum Trained<'a> {
-    /// Low-rank factors; the model is frozen. Some of them may be frozen too.
-    Factors(&'a Factors),
-    /// Whole weights.
-    Weights(&'a FreeWeights),
-    /// Nothing.
-    Nothing,
-}
+use crate::ggml::{Cpu, Ctx, Graph, Plan, Tensor, sys};
+use std::collections::{HashMap, HashSet};
 
 /// Writes the dropout mask `[n_in, T]` of the adaptable tensor with this index.
 pub type FillMask<'a> = &'a dyn Fn(usize, &mut [f32]);
@@ -221,6 +33,9 @@ pub struct Parts<'a> {
     pub weights: &'a Weights,
     /// Sliding window, if the model has one.
     pub window: Option<usize>,
+    /// Compute layers again on the way back instead of keeping their results, and attention by at
+    /// most so many queries at a time: for long sequences.
+    pub recompute: Option<usize>,
 }
 
 /// Forward and backward graphs of one shape.
@@ -233,12 +48,25 @@ pub struct Tape {
     positions: Option<Tensor>,
     out_ids: Option<Tensor>,
     masks: Vec<(Tensor, MaskKind)>,
+    /// Where the keys of each query begin, and their numbers, for attention by tiles.
+    firsts: Vec<(Tensor, Option<usize>)>,
+    numbers: Option<Numbers>,
     dropout: Vec<(usize, Tensor)>,
     dropping: bool,
     output: Tensor,
     seed: Option<Tensor>,
     grads: Vec<Tensor>,
+    /// Bytes of tensors that the plan does not place.
+    apart: usize,
+    chosen: Vec<Chosen>,
     shape: (usize, usize),
+}
+
+/// Ids of experts in a graph: the first `used` of each row of `ranking`, i32 `[n, T]`.
+#[derive(Clone, Copy, PartialEq)]
+struct Chosen {
+    ranking: Tensor,
+    used: usize,
 }
 
 struct Env<'a> {
@@ -257,6 +85,50 @@ impl Weightless for Env<'_> {
             .leaf(c, self.weights, self.cpu, name)
             .map(Some)
     }
+
+    fn transposed_experts(&mut self, c: &mut Ctx, w: Tensor) -> Result<Option<Tensor>, GraphError> {
+        let Some(name) = self.frozen.get(&w) else {
+            return Ok(None);
+        };
+        if !self.transposed.has_room(self.weights, name)? {
+            return Ok(None);
+        }
+        self.transposed
+            .leaf(c, self.weights, self.cpu, name)
+            .map(Some)
+    }
+}
+
+/// Entries of a template from which on tensors with long lives are placed apart: about 75 layers.
+const DEEP: usize = 2048;
+
+/// Give what the way back reads of the way forward, and the gradients, memory of their own that is
+/// kept to the end; returns its size. In a deep graph they would leave gaps among the others, of
+/// which ggml's allocator stands 256 before it ends the process. It takes some more memory, as
+/// nothing else uses theirs once they have been read.
+fn place_apart(
+    c: &mut Ctx,
+    cpu: &Cpu,
+    graph: Graph,
+    n_forward: usize,
+    grads: &[Tensor],
+) -> Result<usize, GraphError> {
+    let mut roots = c.carried_over(graph, n_forward);
+    roots.extend(grads.iter().map(|&g| c.view_root(g)));
+    roots.sort_unstable();
+    roots.dedup();
+    roots.retain(|&g| !c.has_memory(g));
+    Ok(cpu.place(c, &roots)?.size())
+}
+
+/// Nodes that go through stacks of experts back: six for each tile.
+fn n_tile_nodes(parts: &Parts<'_>) -> Result<usize, GraphError> {
+    let mut n = 0;
+    for stack in parts.template.experts() {
+        let ne = parts.weights.info(&stack.name)?.ne.map(|n| n as i64);
+        n += 7 * (ne[1] / tile_rows(ne, TILE) + 1) as usize;
+    }
+    Ok(n)
 }
 
 impl Tape {
@@ -283,7 +155,21 @@ impl Tape {
             Trained::Factors(f) => f.list.len(),
             _ => 0,
         };
-        let mut c = Ctx::new(24 * template.entries.len() + 64 * n_factors + 1024)?;
+        let room = 24 * template.entries.len() + 64 * n_factors + n_tile_nodes(parts)? + 1024;
+        let tiled = match parts.recompute {
+            Some(n) if n < n_tokens => attentions(template),
+            _ => HashMap::new(),
+        };
+        let n_queries = parts.recompute.unwrap_or(n_tokens).max(1);
+        let room = match parts.recompute {
+            Some(_) => 2 * room + 64 * tiled.len() * n_tokens.div_ceil(n_queries),
+            None => room,
+        };
+        let skipped: HashSet<usize> = tiled.values().flat_map(|a| a.inner()).copied().collect();
+        let mut recomputed = Recomputed::default();
+        let (mut block, mut begins) = (None, Vec::new());
+        let (mut firsts, mut numbers) = (Vec::new(), None);
+        let mut c = Ctx::new(room)?;
         let (t, r) = (n_tokens as i64, n_rows as i64);
         let mut record = Record::default();
         let mut built: Vec<Option<Tensor>> = vec![None; template.entries.len()];
@@ -292,6 +178,7 @@ impl Tape {
             (Vec::new(), None, None, Vec::new());
         let mut constants = Vec::new();
         let mut dropout = Vec::new();
+        let mut chosen: Vec<Chosen> = Vec::new();
         let mut frozen = HashMap::new();
         let mut params: Vec<Tensor> = Vec::new();
         let mut factor_leaves = HashMap::new();
@@ -315,6 +202,17 @@ impl Tape {
             }
         }
         for (i, e) in template.entries.iter().enumerate().take(last + 1) {
+            if skipped.contains(&i) {
+                continue;
+            }
+            let of_block = e.step.sources().into_iter();
+            let of_block = of_block
+                .filter_map(|s| template.entries[s].step.block())
+                .max();
+            if of_block.is_some() && of_block != block {
+                block = of_block;
+                begins.push(record.nodes.len());
+            }
             let ne = e.ne.map(|n| n.at(t, r));
             let source = |s: usize| built[s].expect("sources come before readers");
             let tensor = match &e.step {
@@ -331,6 +229,12 @@ impl Tape {
                         w
                     }
                 },
+                Step::Leaf(Leaf::Mask { window, .. }) if masks_only(template, &tiled, i) => {
+                    let x = c.leaf(sys::GGML_TYPE_F32, [1, t, 1, 1], &e.name)?;
+                    inputs.push(x);
+                    firsts.push((x, parts.window.filter(|_| *window)));
+                    x
+                }
                 Step::Leaf(leaf) => {
                     let (ty, ne) = match leaf {
                         Leaf::Mask { .. } => (sys::GGML_TYPE_F32, [t, t, 1, 1]),
@@ -387,12 +291,37 @@ impl Tape {
                     nb,
                     offset,
                 } => {
+                    if let Some(attention) = tiled.get(&i) {
+                        let numbers = match numbers {
+                            Some(numbers) => numbers,
+                            None => {
+                                let keys = c.leaf(sys::GGML_TYPE_F32, [t, 1, 1, 1], "")?;
+                                let queries = c.leaf(sys::GGML_TYPE_F32, [1, t, 1, 1], "")?;
+                                inputs.extend([keys, queries]);
+                                *numbers.insert(Numbers { keys, queries })
+                            }
+                        };
+                        let parts = (template, n_queries, numbers);
+                        let (out, tiles) = attention.emit(&mut c, &mut record, parts, &source)?;
+                        recomputed.parts.extend(tiles);
+                        built[i] = Some(out);
+                        continue;
+                    }
                     let src: Vec<Tensor> = src.iter().map(|&s| source(s)).collect();
                     let wanted = Wanted {
                         ne,
                         nb: nb.map(|n| n.at(t, r) as usize),
                         offset: offset.at(t, r) as usize,
+                        ty: e.ty,
                     };
+                    if *op == sys::GGML_OP_MUL_MAT_ID {
+                        let ranking = c.view_root(src[2]);
+                        let used = c.ne(src[2])[0] as usize;
+                        if !chosen.contains(&Chosen { ranking, used }) {
+                            c.set_output(ranking);
+                            chosen.push(Chosen { ranking, used });
+                        }
+                    }
                     let out = record.emit(&mut c, *op, params, &src, Some(&wanted));
                     let out = out.map_err(|err| name_op(err, parts, &e.name))?;
                     if c.ne(out) != ne {
@@ -423,11 +352,16 @@ impl Tape {
                 cpu,
                 frozen,
             };
-            grads = gradients(&mut c, &record, output, s, &params, &mut env)?;
+            if parts.recompute.is_some() {
+                // The last layer comes first on the way back: its results are still at hand.
+                recomputed.layers = begins.windows(2).map(|w| w[0]..w[1]).collect();
+            }
+            let forward = (&record, &recomputed);
+            grads = gradients(&mut c, forward, output, s, &params, &mut env)?;
             for &g in &grads {
                 c.set_output(g);
-                c.extend_graph(full, g);
             }
+            c.extend_graph(full, &grads);
         }
         let (forward, backward) = if params.is_empty() {
             (full, None)
@@ -440,6 +374,11 @@ impl Tape {
             return Err(GraphError::Untraceable("its graph reads no tokens".into()));
         }
         cpu.place(&mut c, &inputs)?;
+        let apart = if template.entries.len() > DEEP {
+            place_apart(&mut c, cpu, full, n_forward, &grads)?
+        } else {
+            0
+        };
         for (x, value) in constants {
             let values = vec![value; c.n_elements(x)];
             c.write(x, &values)?;
@@ -454,11 +393,15 @@ impl Tape {
             positions,
             out_ids,
             masks,
+            firsts,
+            numbers,
             dropping: !dropout.is_empty(),
             dropout,
             output,
             seed,
             grads,
+            apart,
+            chosen,
             shape: (n_tokens, n_rows),
         };
         tape.set_dropout(None)?;
@@ -502,9 +445,9 @@ impl Tape {
         self.shape
     }
 
-    /// Bytes of intermediate tensors.
+    /// Bytes of intermediate tensors and gradients.
     pub fn bytes(&self) -> usize {
-        self.plan.bytes
+        self.plan.bytes + self.apart
     }
 
     /// Number of trained tensors.
@@ -548,6 +491,14 @@ impl Tape {
         if let Some(ids) = self.out_ids {
             self.ctx.write(ids, &batch.rows)?;
         }
+        for &(first, window) in &self.firsts {
+            self.ctx.write(first, &batch.first_seen(window))?;
+        }
+        if let Some(numbers) = self.numbers {
+            let numbered: Vec<f32> = (0..batch.n_tokens()).map(|i| i as f32).collect();
+            self.ctx.write(numbers.keys, &numbered)?;
+            self.ctx.write(numbers.queries, &numbered)?;
+        }
         for &(m, kind) in &self.masks {
             self.ctx.write(m, &batch.mask(kind))?;
         }
@@ -579,6 +530,26 @@ impl Tape {
     /// Another length.
     pub fn read_grad(&self, i: usize, out: &mut [f32]) -> Result<(), GraphError> {
         Ok(self.ctx.read(self.grads[i], out)?)
+    }
+
+    /// The experts that the last forward pass chose: for each choice the graph makes (one a layer,
+    /// as a rule) and each token or output row there, their ids in ascending order.
+    ///
+    /// # Errors
+    /// Never for a tape that was computed.
+    pub fn chosen_experts(&self) -> Result<Vec<Vec<Vec<i32>>>, GraphError> {
+        let ids = |c: &Chosen| {
+            let mut ranking = vec![0i32; self.ctx.n_elements(c.ranking)];
+            self.ctx.read(c.ranking, &mut ranking)?;
+            let row = self.ctx.ne(c.ranking)[0] as usize;
+            let of_token = |row: &[i32]| {
+                let mut ids = row[..c.used].to_vec();
+                ids.sort_unstable();
+                ids
+            };
+            Ok(ranking.chunks_exact(row).map(of_token).collect())
+        };
+        self.chosen.iter().map(ids).collect()
     }
 
     /// Elements of gradient `i`.

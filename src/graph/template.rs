@@ -1,20 +1,18 @@
 //! A recorded llama.cpp graph, freed of its KV cache and written for any batch size.
 //!
 //! Every size in llama.cpp's graph is affine in the number of tokens T and of output rows
-//! R: three recordings give the coefficients, and the graph can then be built for any
-//! (T, R) without asking llama.cpp again.
+//! R: three recordings give the coefficients ([`super::recording`]), and the graph can then be
+//! built for any (T, R) without asking llama.cpp again.
 
-use super::GraphError;
-use super::forward::float;
-use crate::ggml::{Recorded, RecordedTensor, sys};
-use std::collections::HashMap;
+use crate::ggml::sys;
+use std::collections::BTreeSet;
 
 /// `base + per_t·T + per_r·R`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Affine {
-    base: i64,
-    per_t: i64,
-    per_r: i64,
+    pub(super) base: i64,
+    pub(super) per_t: i64,
+    pub(super) per_r: i64,
 }
 
 impl Affine {
@@ -90,6 +88,8 @@ pub struct Entry {
     pub step: Step,
     /// Elements per dimension.
     pub ne: [Affine; 4],
+    /// ggml's type number.
+    pub ty: u32,
     /// llama.cpp's name.
     pub name: String,
 }
@@ -103,6 +103,19 @@ pub struct Adaptable {
     pub n_in: usize,
     /// Output width.
     pub n_out: usize,
+    /// Products with it in one pass: models that loop over their layers have several.
+    pub n_uses: usize,
+}
+
+/// Matrices of experts, one of which an id chooses for each token: they stay as they are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Experts {
+    /// Name of the stack in the model file.
+    pub name: String,
+    /// How many there are.
+    pub count: usize,
+    /// How many each token is sent through.
+    pub used: usize,
 }
 
 /// The whole graph, from token ids to logits.
@@ -120,360 +133,110 @@ pub struct Template {
     pub adaptable: Vec<Adaptable>,
 }
 
-/// Three recordings of one model, at (T, R), (2T, R) and (T, 2R).
-pub struct Recordings {
-    /// At (T, R).
-    pub base: Recorded,
-    /// At (2T, R).
-    pub more_tokens: Recorded,
-    /// At (T, 2R).
-    pub more_rows: Recorded,
-    /// T.
-    pub t: i64,
-    /// R.
-    pub r: i64,
-}
-
-struct Builder<'a> {
-    rec: &'a Recordings,
-    is_weight: &'a dyn Fn(&str) -> bool,
-    cache_writer: HashMap<usize, usize>,
-    window_masks: Vec<usize>,
-    distance_masks: Vec<usize>,
-    done: HashMap<usize, usize>,
-    entries: Vec<Entry>,
-    adaptable: Vec<Adaptable>,
-}
-
 impl Template {
-    /// Make a template of three recordings. `is_weight`: whether the model file holds a
-    /// tensor of that name. `n_ctx`: cells of the full KV cache, so that a smaller cache
-    /// is a sliding-window one.
-    ///
-    /// # Errors
-    /// Recordings that differ in more than sizes, inputs of unknown meaning, and graphs
-    /// whose output is not a product with a weight.
-    pub fn new(
-        rec: &Recordings,
-        n_ctx: i64,
-        is_weight: &dyn Fn(&str) -> bool,
-    ) -> Result<Self, GraphError> {
-        let (a, b, c) = (&rec.base, &rec.more_tokens, &rec.more_rows);
-        let same = |x: &Recorded| {
-            x.tensors.len() == a.tensors.len()
-                && x.tensors
-                    .iter()
-                    .zip(&a.tensors)
-                    .all(|(p, q)| p.op == q.op && p.src == q.src)
-        };
-        if !same(b) || !same(c) {
-            return Err(GraphError::Untraceable(
-                "its graph depends on the batch size".into(),
-            ));
-        }
-        let cache_writer = a
-            .nodes
-            .iter()
-            .filter(|&&n| a.tensors[n].op == sys::GGML_OP_SET_ROWS)
-            .filter_map(|&n| Some((a.tensors[n].view_src?, a.tensors[n].src[0]?)))
-            .collect();
-        let mut builder = Builder {
-            rec,
-            is_weight,
-            cache_writer,
-            window_masks: Vec::new(),
-            distance_masks: Vec::new(),
-            done: HashMap::new(),
-            entries: Vec::new(),
-            adaptable: Vec::new(),
-        };
-        builder.find_masks(n_ctx);
-        // Some architectures do not name their logits, which are then the last node.
-        let named = |n: &&usize| a.tensors[**n].name == "result_output";
-        let output = a.nodes.iter().rev().find(named).or(a.nodes.last());
-        let output = *output.ok_or_else(|| GraphError::Untraceable("it has no nodes".into()))?;
-        let last = builder.visit(output)?;
-        let (entries, adaptable) = (builder.entries, builder.adaptable);
-        let head = find_head(&entries, last)?;
-        let Step::Op { src, .. } = &entries[head].step else {
-            unreachable!("find_head returns an op");
-        };
-        let (weight, hidden) = (src[0], src[1]);
-        let Step::Leaf(Leaf::Weight(output_weight)) = &entries[weight].step else {
-            unreachable!("find_head returns a product with a weight");
-        };
-        Ok(Self {
-            hidden,
-            head,
-            output_weight: output_weight.clone(),
-            entries,
-            adaptable,
-        })
-    }
-
     /// The ops in use, each once, in order of first use; with the kind of activation where an op
     /// has several.
     pub fn ops(&self) -> Vec<(u32, u32)> {
         let mut ops = Vec::new();
-        for e in &self.entries {
-            let Step::Op { op, params, .. } = &e.step else {
-                continue;
-            };
-            let kind = match *op {
-                sys::GGML_OP_UNARY | sys::GGML_OP_GLU => params[0] as u32,
-                _ => 0,
-            };
-            if !ops.contains(&(*op, kind)) {
-                ops.push((*op, kind));
+        for op in self.entries.iter().filter_map(|e| e.step.op()) {
+            if !ops.contains(&op) {
+                ops.push(op);
             }
         }
         ops
     }
-}
 
-/// ggml keeps a view's byte offset as one 64-bit parameter.
-fn view_offset(t: &RecordedTensor) -> i64 {
-    i64::from(t.op_params[0] as u32) | (i64::from(t.op_params[1]) << 32)
-}
-
-/// From the logits back through what follows the head's product (scale, softcap, bias).
-fn find_head(entries: &[Entry], last: usize) -> Result<usize, GraphError> {
-    let mut at = last;
-    loop {
-        let Step::Op { op, src, .. } = &entries[at].step else {
-            return Err(GraphError::Untraceable(format!(
-                "its logits come from {}, not from a product with a weight",
-                entries[at].name
-            )));
+    /// Whether the gradient of the output passes through each entry on its way to an adapter.
+    /// `carries`: through how many of its first sources an op's does; the others hold indices and
+    /// the like.
+    pub fn on_the_way(&self, carries: impl Fn(u32) -> usize) -> Vec<bool> {
+        let sources = |e: &Entry| -> Vec<usize> {
+            let n = e.step.op().map_or(usize::MAX, |(op, _)| carries(op));
+            e.step.sources().into_iter().take(n).collect()
         };
-        let is_weight = matches!(&entries[src[0]].step, Step::Leaf(Leaf::Weight(_)));
-        if *op == sys::GGML_OP_MUL_MAT && is_weight {
-            return Ok(at);
+        let sources: Vec<Vec<usize>> = self.entries.iter().map(sources).collect();
+        let mut adapted = vec![false; self.entries.len()];
+        for (i, e) in self.entries.iter().enumerate() {
+            let above = sources[i].iter().any(|&s| adapted[s]);
+            adapted[i] = above || matches!(e.step, Step::Adapter { .. });
         }
-        at = src[0];
+        let mut reached = vec![false; self.entries.len()];
+        if let Some(output) = reached.last_mut() {
+            *output = true;
+        }
+        for i in (0..reached.len()).rev().filter(|&i| adapted[i]) {
+            if reached[i] {
+                sources[i].iter().for_each(|&s| reached[s] = true);
+            }
+        }
+        adapted.iter().zip(reached).map(|(a, r)| *a && r).collect()
+    }
+
+    /// What the adaptable weights are called within their blocks (`attn_q`), each once, sorted.
+    pub fn adaptable_kinds(&self) -> Vec<String> {
+        let kind = |name: &str| -> String {
+            let parts = name.split('.');
+            parts
+                .filter(|p| !["blk", "weight"].contains(p) && p.parse::<u32>().is_err())
+                .collect()
+        };
+        let kinds: BTreeSet<String> = self.adaptable.iter().map(|t| kind(&t.name)).collect();
+        kinds.into_iter().collect()
+    }
+
+    /// The stacks of experts, in order of use.
+    pub fn experts(&self) -> Vec<Experts> {
+        let stack = |e: &Entry| {
+            let Step::Op { op, src, .. } = &e.step else {
+                return None;
+            };
+            if *op != sys::GGML_OP_MUL_MAT_ID {
+                return None;
+            }
+            let (stack, ids) = (&self.entries[src[0]], &self.entries[src[2]]);
+            let n = |n: Affine| usize::try_from(n.base).unwrap_or(0);
+            match &stack.step {
+                Step::Leaf(Leaf::Weight(name)) => Some(Experts {
+                    name: name.clone(),
+                    count: n(stack.ne[2]),
+                    used: n(ids.ne[0]),
+                }),
+                _ => None,
+            }
+        };
+        self.entries.iter().filter_map(stack).collect()
     }
 }
 
-impl Builder<'_> {
-    fn tensor(&self, i: usize) -> &RecordedTensor {
-        &self.rec.base.tensors[i]
-    }
-
-    fn affine(&self, get: impl Fn(&RecordedTensor) -> i64, i: usize) -> Result<Affine, GraphError> {
-        let (a, b, c) = (
-            get(&self.rec.base.tensors[i]),
-            get(&self.rec.more_tokens.tensors[i]),
-            get(&self.rec.more_rows.tensors[i]),
-        );
-        if (b - a) % self.rec.t != 0 || (c - a) % self.rec.r != 0 {
-            let name = &self.tensor(i).name;
-            return Err(GraphError::Untraceable(format!(
-                "a size of {name} is not affine in the batch"
-            )));
-        }
-        let (per_t, per_r) = ((b - a) / self.rec.t, (c - a) / self.rec.r);
-        Ok(Affine {
-            base: a - per_t * self.rec.t - per_r * self.rec.r,
-            per_t,
-            per_r,
-        })
-    }
-
-    fn ne(&self, i: usize) -> Result<[Affine; 4], GraphError> {
-        let mut ne = [Affine::default(); 4];
-        for (d, n) in ne.iter_mut().enumerate() {
-            *n = self.affine(|t| t.ne[d], i)?;
-        }
-        Ok(ne)
-    }
-
-    fn nb(&self, i: usize) -> Result<[Affine; 4], GraphError> {
-        let mut nb = [Affine::default(); 4];
-        for (d, n) in nb.iter_mut().enumerate() {
-            *n = self.affine(|t| t.nb[d] as i64, i)?;
-        }
-        Ok(nb)
-    }
-
-    /// Masks share one name. The sliding-window one is read by the attention that reads a
-    /// cache shorter than the context. A mask read with a slope per head holds distances.
-    fn find_masks(&mut self, n_ctx: i64) {
-        let tensors = &self.rec.base.tensors;
-        for (i, t) in tensors.iter().enumerate() {
-            if t.op != sys::GGML_OP_SOFT_MAX {
-                continue;
-            }
-            let Some(mask) = t.src[1] else { continue };
-            if self.reads_short_cache(i, n_ctx, 12) && !self.window_masks.contains(&mask) {
-                self.window_masks.push(mask);
-            }
-            if float(&t.op_params, 1) != 0.0 && !self.distance_masks.contains(&mask) {
-                self.distance_masks.push(mask);
-            }
-        }
-    }
-
-    fn reads_short_cache(&self, i: usize, n_ctx: i64, depth: usize) -> bool {
-        let t = self.tensor(i);
-        if self.cache_writer.contains_key(&i) {
-            return t.ne[1] < n_ctx;
-        }
-        depth > 0
-            && t.src
-                .iter()
-                .take(1)
-                .flatten()
-                .any(|&s| self.reads_short_cache(s, n_ctx, depth - 1))
-    }
-
-    fn push(&mut self, i: usize, step: Step) -> Result<usize, GraphError> {
-        let ne = self.ne(i)?;
-        self.entries.push(Entry {
-            step,
-            ne,
-            name: self.tensor(i).name.clone(),
-        });
-        self.done.insert(i, self.entries.len() - 1);
-        Ok(self.entries.len() - 1)
-    }
-
-    fn visit(&mut self, i: usize) -> Result<usize, GraphError> {
-        if let Some(&e) = self.done.get(&i) {
-            return Ok(e);
-        }
-        let t = self.tensor(i).clone();
-        if t.op == sys::GGML_OP_NONE {
-            let leaf = self.classify(i, &t)?;
-            return self.push(i, Step::Leaf(leaf));
-        }
-        if let Some(step) = self.cache_read(&t)? {
-            return self.push(i, step);
-        }
-        if let Some((base, x, tensor)) = self.adapter(&t) {
-            let (base, x) = (self.visit(base)?, self.visit(x)?);
-            let tensor = self.adaptable_index(&tensor, x)?;
-            return self.push(i, Step::Adapter { base, x, tensor });
-        }
-        let mut src = Vec::new();
-        for s in t.src.iter().flatten() {
-            src.push(self.visit(*s)?);
-        }
-        let nb = self.nb(i)?;
-        let offset = match t.op {
-            sys::GGML_OP_VIEW => self.affine(view_offset, i)?,
-            _ => Affine::default(),
-        };
-        self.push(
-            i,
-            Step::Op {
-                op: t.op,
-                params: t.op_params,
-                src,
-                nb,
-                offset,
+impl Step {
+    /// The op, with the kind of activation where it has several.
+    pub fn op(&self) -> Option<(u32, u32)> {
+        match self {
+            Self::Op { op, params, .. } => match *op {
+                sys::GGML_OP_UNARY | sys::GGML_OP_GLU => Some((*op, params[0] as u32)),
+                _ => Some((*op, 0)),
             },
-        )
-    }
-
-    fn classify(&self, i: usize, t: &RecordedTensor) -> Result<Leaf, GraphError> {
-        if (self.is_weight)(&t.name) {
-            return Ok(Leaf::Weight(t.name.clone()));
-        }
-        match t.name.as_str() {
-            "inp_tokens" => Ok(Leaf::Tokens),
-            "inp_pos" => Ok(Leaf::Positions),
-            "out_ids" => Ok(Leaf::OutIds),
-            "attn_inp_kq_mask" => Ok(Leaf::Mask {
-                window: self.window_masks.contains(&i),
-                distance: self.distance_masks.contains(&i),
-            }),
-            _ if self.selects_embeddings(i, t) => Ok(Leaf::Tokens),
-            other => t
-                .constant
-                .map(Leaf::Constant)
-                .ok_or_else(|| GraphError::Input(other.to_owned())),
+            _ => None,
         }
     }
 
-    /// Whether nameless input `i` holds token ids once more: i32, one for each token, selecting
-    /// rows of a table of embeddings per layer.
-    fn selects_embeddings(&self, i: usize, t: &RecordedTensor) -> bool {
-        let is_input = t.flags & sys::GGML_TENSOR_FLAG_INPUT as i32 != 0;
-        let table = |r: &RecordedTensor| {
-            let from = r.src[0].map(|s| self.tensor(s).name.as_str());
-            r.op == sys::GGML_OP_GET_ROWS && from == Some("per_layer_token_embd.weight")
-        };
-        is_input
-            && t.ty == sys::GGML_TYPE_I32
-            && t.ne == [self.rec.t, 1, 1, 1]
-            && self
-                .rec
-                .base
-                .tensors
-                .iter()
-                .any(|r| r.src[1] == Some(i) && table(r))
-    }
-
-    /// A view of a cache tensor stands for what this batch wrote there.
-    fn cache_read(&mut self, t: &RecordedTensor) -> Result<Option<Step>, GraphError> {
-        let (sys::GGML_OP_VIEW, Some(cache)) = (t.op, t.src[0]) else {
-            return Ok(None);
-        };
-        let Some(&written) = self.cache_writer.get(&cache) else {
-            return Ok(None);
-        };
-        // Values are stored element by element: look through the reshape to one column.
-        let mut source = written;
-        while self.tensor(source).op == sys::GGML_OP_RESHAPE && self.tensor(source).ne[0] == 1 {
-            source = self.tensor(source).src[0].ok_or_else(|| {
-                GraphError::Untraceable("a reshape without source feeds the cache".into())
-            })?;
+    /// The entries it is made from.
+    pub fn sources(&self) -> Vec<usize> {
+        match self {
+            Self::Leaf(_) => Vec::new(),
+            Self::Cached { src, .. } => vec![*src],
+            Self::Adapter { base, x, .. } => vec![*base, *x],
+            Self::Op { src, .. } => src.clone(),
         }
-        // Keys are read [d, heads, tokens], transposed values [tokens, heads, d].
-        let transposed = t.nb[1] > t.nb[2];
-        let src = self.visit(source)?;
-        Ok(Some(Step::Cached { src, transposed }))
     }
 
-    /// `ADD(base, SCALE(MUL_MAT(lora_b, MUL_MAT(lora_a, x))))`.
-    fn adapter(&self, t: &RecordedTensor) -> Option<(usize, usize, String)> {
-        let get = |i: Option<usize>| i.map(|i| self.tensor(i));
-        let is = |t: &RecordedTensor, op: u32| (t.op == op).then_some(());
-        is(t, sys::GGML_OP_ADD)?;
-        let scale = get(t.src[1])?;
-        is(scale, sys::GGML_OP_SCALE)?;
-        let up = get(scale.src[0])?;
-        is(up, sys::GGML_OP_MUL_MAT)?;
-        let name = get(up.src[0])?.name.strip_suffix(".lora_b")?.to_owned();
-        let down = get(up.src[1])?;
-        is(down, sys::GGML_OP_MUL_MAT)?;
-        Some((t.src[0]?, down.src[1]?, name))
-    }
-
-    fn adaptable_index(&mut self, name: &str, x: usize) -> Result<usize, GraphError> {
-        if let Some(i) = self.adaptable.iter().position(|a| a.name == name) {
-            return Ok(i);
+    /// The block of the weight it is, if it is one of a block's.
+    pub fn block(&self) -> Option<usize> {
+        match self {
+            Self::Leaf(Leaf::Weight(name)) => {
+                name.strip_prefix("blk.")?.split_once('.')?.0.parse().ok()
+            }
+            _ => None,
         }
-        let n_in = self.entries[x].ne[0].at(self.rec.t, self.rec.r);
-        let lora_b = format!("{name}.lora_b");
-        let n_out = self
-            .rec
-            .base
-            .tensors
-            .iter()
-            .find(|t| t.name == lora_b)
-            .map(|t| t.ne[1]);
-        let (Ok(n_in), Some(Ok(n_out))) = (usize::try_from(n_in), n_out.map(usize::try_from))
-        else {
-            return Err(GraphError::Untraceable(format!(
-                "{name} has no adapter shape"
-            )));
-        };
-        self.adaptable.push(Adaptable {
-            name: name.to_owned(),
-            n_in,
-            n_out,
-        });
-        Ok(self.adaptable.len() - 1)
     }
 }

@@ -6,7 +6,8 @@
 //! weights it never does.
 
 use super::GraphError;
-use super::template::{Recordings, Template};
+use super::recording::Recordings;
+use super::template::Template;
 use super::weights::Weights;
 use crate::ggml::{
     Adapter, Batch, Context, ContextOptions, DecodeError, Hook, Model, NodeView, Recorded,
@@ -78,6 +79,9 @@ fn record(
         ContextOptions {
             n_ctx: n_ctx as u32,
             n_batch: t as u32,
+            // As the graph that is built from it: views into what is read from the cache then lie
+            // as they do there.
+            kv_f32: true,
             hook: Some(Box::new(Recorder(recorded.clone()))),
             ..ContextOptions::default()
         },
@@ -97,7 +101,11 @@ fn record(
     Ok(recorded)
 }
 
-/// A rank-1 adapter of zeros for every matrix of the blocks.
+/// The matrices that choose experts, or weigh shared ones: frozen as the experts are, since what
+/// is chosen changes in jumps.
+const ROUTER: &str = ".ffn_gate_inp";
+
+/// A rank-1 adapter of zeros for every matrix of the blocks that may be adapted.
 fn zero_adapter(model: &Model, weights: &Weights) -> Result<Arc<Adapter>, GraphError> {
     let mut meta = Metadata::new();
     meta.set("general.type", Value::from("adapter"));
@@ -111,6 +119,7 @@ fn zero_adapter(model: &Model, weights: &Weights) -> Result<Arc<Adapter>, GraphE
         .tensors()
         .map(|(_, t)| t)
         .filter(|t| t.name.starts_with("blk.") && t.name.ends_with(".weight") && t.n_dims == 2)
+        .filter(|t| !t.name.contains(ROUTER))
         .collect();
     let longest = matrices
         .iter()

@@ -177,14 +177,22 @@ impl Weights {
 /// `dX = Wᵀ·dY` is then one `mul_mat` at full speed, where ggml's own rule decodes all of
 /// W once per token. Cost: two bytes a weight; relative error of the product 2.4e-3.
 ///
+/// Stacks of experts get copies while those of all stacks fit [`EXPERT_COPIES`]
+/// ([`Transposed::has_room`]).
+///
 /// Types that ggml multiplies one dot product at a time (Q4_1, Q5_1) get a plain BF16 copy for
 /// the forward pass as well.
 #[derive(Default)]
 pub struct Transposed {
     buffers: HashMap<String, Arc<Buffer>>,
     plain: HashMap<String, Arc<Buffer>>,
+    experts: HashMap<String, usize>,
+    expert_copies: Option<usize>,
     f32: bool,
 }
+
+/// Bytes that transposed copies of experts may take in all, unless told otherwise.
+pub const EXPERT_COPIES: usize = 2 << 30;
 
 /// Types without a blocked kernel in ggml's CPU backend: measured on SmolLM2 in Q4_1, their
 /// dot products took 62% of a training step.
@@ -199,6 +207,12 @@ impl Transposed {
             f32: true,
             ..Self::default()
         }
+    }
+
+    /// Let transposed copies of experts take `bytes` in all.
+    pub fn expert_copies(mut self, bytes: usize) -> Self {
+        self.expert_copies = Some(bytes);
+        self
     }
 
     /// Bytes held.
@@ -228,6 +242,24 @@ impl Transposed {
             let w = weights.decoded(name)?.into_par_iter();
             Ok(ctx.write(t, &w.map(bf16::from_f32).collect::<Vec<_>>())?)
         })
+    }
+
+    /// Whether a copy of the stack of experts `name` fits the memory that is for them; if so, that
+    /// much of it is taken.
+    ///
+    /// # Errors
+    /// No tensor of that name.
+    pub fn has_room(&mut self, weights: &Weights, name: &str) -> Result<bool, GraphError> {
+        if self.experts.contains_key(name) {
+            return Ok(true);
+        }
+        let bytes = weights.info(name)?.n_elements() as usize * if self.f32 { 4 } else { 2 };
+        let taken: usize = self.experts.values().sum();
+        let fits = taken + bytes <= self.expert_copies.unwrap_or(EXPERT_COPIES);
+        if fits {
+            self.experts.insert(name.to_owned(), bytes);
+        }
+        Ok(fits)
     }
 
     /// A leaf `[n_out, n_in]` of `ctx` with the transposed weight, or with each matrix of a stack

@@ -7,8 +7,8 @@
 
 use crate::error::Error;
 use crate::graph::GraphError;
-use crate::graph::tape::{Factor, Factors};
 use crate::graph::template::Adaptable;
+use crate::graph::trained::{Factor, Factors};
 use crate::graph::weights::Weights;
 use crate::patch::Update;
 use crate::project::{NetUpdate, project_lora_b};

@@ -8,14 +8,20 @@ use crate::error::Error;
 use crate::ggml::Cpu;
 use crate::graph::batch::{Packed, Sequence, pack};
 use crate::graph::head::Head;
-use crate::graph::tape::{End, Factors, Parts, Tape, Trained};
+use crate::graph::tape::{End, Parts, Tape};
 use crate::graph::template::Template;
 use crate::graph::trace::trace;
+use crate::graph::trained::{Factor, Factors, Trained};
 use crate::graph::weights::Transposed;
 use crate::likelihood::SampleLoss;
 use crate::model::OpenModel;
 use rayon::prelude::*;
 use std::ops::Range;
+
+/// Batches of more tokens are computed twice rather than kept: see [`Parts::recompute`].
+const LONG_TOKENS: usize = 1024;
+/// Queries of attention at a time in such a batch.
+const QUERIES: usize = 256;
 
 /// What a sample is trained towards.
 #[derive(Debug, Clone, Copy)]
@@ -112,6 +118,7 @@ impl<'m> Engine<'m> {
                 template: &template,
                 weights: &open.weights,
                 window,
+                recompute: None,
             },
             &cpu,
         )?;
@@ -326,6 +333,7 @@ impl<'m> Engine<'m> {
             template: &self.template,
             weights: &self.open.weights,
             window: self.window,
+            recompute: (shape.0 > LONG_TOKENS).then_some(QUERIES),
         };
         let tape = Tape::new(
             &parts,
@@ -349,7 +357,7 @@ impl<'m> Engine<'m> {
     ///
     /// # Errors
     /// When the memory cannot be had.
-    pub fn factors(&self, list: Vec<crate::graph::tape::Factor>) -> Result<Factors, Error> {
+    pub fn factors(&self, list: Vec<Factor>) -> Result<Factors, Error> {
         Ok(Factors::new(&self.cpu, &self.template, list)?)
     }
 }

@@ -7,7 +7,7 @@ use super::dropout::Dropout;
 use super::engine::{Engine, Item};
 use crate::data::Sample;
 use crate::error::Error;
-use crate::graph::tape::{Factors, Trained};
+use crate::graph::trained::{Factors, Trained};
 use crate::likelihood::SampleLoss;
 use crate::project::{RolTerm, rol};
 use rayon::prelude::*;

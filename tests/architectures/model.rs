@@ -33,11 +33,12 @@ impl Form {
 }
 
 /// Keys that grow with the model's width.
-const WIDTHS: [&str; 7] = [
+const WIDTHS: [&str; 8] = [
     "embedding_length",
     "feed_forward_length",
     "expert_feed_forward_length",
     "expert_shared_feed_forward_length",
+    "expert_chunk_feed_forward_length",
     "attention.head_count",
     "attention.head_count_kv",
     "embedding_length_per_layer_input",
@@ -56,10 +57,25 @@ const COMMON: [(&str, Key); 9] = [
     ("attention.sliding_window", Key::U(24)),
 ];
 
+/// What every architecture with experts is given besides.
+pub const EXPERTS: [(&str, Key); 10] = [
+    ("block_count", Key::U(3)),
+    ("expert_count", Key::U(4)),
+    ("expert_used_count", Key::U(2)),
+    ("expert_feed_forward_length", Key::U(64)),
+    ("expert_shared_count", Key::U(1)),
+    ("expert_shared_feed_forward_length", Key::U(64)),
+    ("expert_weights_norm", Key::B(true)),
+    ("expert_weights_scale", Key::F(1.5)),
+    ("interleave_moe_layer_step", Key::U(1)),
+    ("leading_dense_block_count", Key::U(1)),
+];
+
 fn metadata(arch: &Arch, form: Form, vocabulary: &Gguf) -> Metadata {
     let mut meta = Metadata::new();
     meta.set("general.architecture", arch.name);
-    for &(key, value) in COMMON.iter().chain(arch.keys) {
+    let experts: &[(&str, Key)] = if arch.experts { &EXPERTS } else { &[] };
+    for &(key, value) in COMMON.iter().chain(experts).chain(arch.keys) {
         let wide = WIDTHS.contains(&key);
         // xIELU's keys have no architecture's name before them.
         let prefix = if key.starts_with("xielu") {
@@ -71,6 +87,7 @@ fn metadata(arch: &Arch, form: Form, vocabulary: &Gguf) -> Metadata {
         let times = if wide { form.times() } else { 1 };
         match value {
             Key::U(v) => meta.set(&name, v * times),
+            Key::Same(v) => meta.set(&name, v),
             Key::F(v) => meta.set(&name, v),
             Key::B(v) => meta.set(&name, v),
             Key::Us(v) => meta.set(&name, v.iter().map(|v| v * times).collect::<Vec<_>>()),
@@ -144,7 +161,8 @@ fn wanted(meta: &Metadata, dir: &Path) -> Option<Vec<Wanted>> {
 /// As files of this architecture have them: scales only where asked for, and one matrix for
 /// queries, keys and values where converters write one.
 fn as_in_files(arch: &Arch, all: Vec<Wanted>) -> Vec<Wanted> {
-    let scale = |n: &str| n.ends_with(".scale") || n.ends_with(".input_scale");
+    let router = |n: &str| n.contains("ffn_gate_inp");
+    let scale = |n: &str| !router(n) && (n.ends_with(".scale") || n.ends_with(".input_scale"));
     let mut out: Vec<Wanted> = Vec::new();
     for t in all {
         if scale(&t.name) && (!arch.scales || t.name.ends_with(".input_scale")) {
@@ -184,7 +202,8 @@ fn values(name: &str, ne: &[u64], rng: &mut SplitMix64) -> Vec<f32> {
 
 fn type_of(name: &str, ne: &[u64], form: Form) -> GgmlType {
     let matrix = name.ends_with(".weight") && !name.contains("norm") && ne.len() >= 2;
-    if form == Form::Exact || !matrix || name.contains("position_embd") {
+    let kept = name.contains("position_embd") || name.contains("ffn_gate_inp");
+    if form == Form::Exact || !matrix || kept {
         return GgmlType::F32;
     }
     let more = ["attn_v.", "ffn_down.", "output.weight"]

@@ -15,6 +15,8 @@ pub enum Key {
     Fs(&'static [f32]),
     /// bool, one for each layer.
     Bs(&'static [bool]),
+    /// u32, whatever the model's width.
+    Same(u32),
     /// Not given, although common.
     No,
 }
@@ -30,6 +32,8 @@ pub struct Arch {
     pub fused: bool,
     /// With the `.scale` that 4-bit floating-point files have for each matrix.
     pub scales: bool,
+    /// With experts: [`super::model::EXPERTS`] as well.
+    pub experts: bool,
 }
 
 impl Arch {
@@ -39,6 +43,7 @@ impl Arch {
             keys: &[],
             fused: false,
             scales: false,
+            experts: false,
         }
     }
 
@@ -52,13 +57,19 @@ impl Arch {
         self
     }
 
+    const fn moe(name: &'static str) -> Self {
+        let mut arch = Self::new(name);
+        arch.experts = true;
+        arch
+    }
+
     const fn scales(mut self) -> Self {
         self.scales = true;
         self
     }
 }
 
-use Key::{B, Bs, F, Fs, No, U, Us};
+use Key::{B, Bs, F, Fs, No, Same, U, Us};
 
 /// Calls `$with! { name; ... }` with an identifier for each entry of [`ALL`], in order.
 macro_rules! architectures {
@@ -75,6 +86,19 @@ macro_rules! architectures {
 }
 
 const SECTIONS: (&str, Key) = ("rope.dimension_sections", Us(&[2, 3, 3, 0]));
+
+/// Keys and values through one narrow matrix, read from the cache as they are.
+const MLA: [(&str, Key); 9] = [
+    ("attention.q_lora_rank", U(32)),
+    ("attention.head_count_kv", Same(1)),
+    ("attention.kv_lora_rank", U(32)),
+    ("attention.key_length", U(40)),
+    ("attention.value_length", U(32)),
+    ("attention.key_length_mla", U(24)),
+    ("attention.value_length_mla", U(16)),
+    ("rope.dimension_count", U(8)),
+    ("expert_gating_func", U(2)),
+];
 
 architectures! {
     apertus = Arch::new("apertus").keys(&[
@@ -145,4 +169,43 @@ architectures! {
     starcoder2 = Arch::new("starcoder2");
     talkie = Arch::new("talkie").keys(&[("logit_scale", F(0.5))]);
     xverse = Arch::new("xverse");
+
+    afmoe = Arch::moe("afmoe").keys(&[("block_count", U(4))]);
+    arctic = Arch::moe("arctic");
+    bailingmoe = Arch::moe("bailingmoe");
+    bailingmoe2 = Arch::moe("bailingmoe2").keys(&[("expert_gating_func", U(2)), ("expert_count", U(8)), ("expert_group_count", U(4)), ("expert_group_used_count", U(2))]);
+    cohere2moe = Arch::moe("cohere2moe").keys(&[("block_count", U(4)), ("logit_scale", F(0.25))]);
+    dbrx = Arch::moe("dbrx").keys(&[("attention.clamp_kqv", F(4.0))]);
+    deepseek = Arch::moe("deepseek");
+    deepseek2 = Arch::moe("deepseek2").keys(&[("attention.q_lora_rank", U(32)), ("attention.head_count_kv", No), ("attention.kv_lora_rank", U(32)), ("attention.key_length", U(24)), ("attention.value_length", U(16)), ("rope.dimension_count", U(8)), ("expert_gating_func", U(2))]);
+    deepseek2_mla = Arch::moe("deepseek2").keys(&MLA);
+    deepseek2_ocr = Arch::moe("deepseek2-ocr").keys(&[("attention.head_count_kv", No)]);
+    dots1 = Arch::moe("dots1").keys(&[("attention.head_count_kv", No), ("expert_gating_func", U(2))]);
+    ernie4_5_moe = Arch::moe("ernie4_5-moe");
+    exaone_moe = Arch::moe("exaone-moe").keys(&[("block_count", U(4)), ("expert_gating_func", U(2))]);
+    gemma4_moe = Arch::moe("gemma4").keys(&[("block_count", U(2)), ("attention.sliding_window_pattern", Bs(&[true, false])), ("embedding_length_per_layer_input", U(0)), ("attention.key_length_swa", U(16)), ("attention.value_length_swa", U(16)), ("expert_count", U(2))]);
+    glm4moe = Arch::moe("glm4moe");
+    gpt_oss = Arch::moe("gpt-oss").keys(&[("block_count", U(2))]);
+    granite_moe_swa = Arch::moe("granite_swa").keys(&[("block_count", U(2)), ("logit_scale", F(4.0)), ("attention.sliding_window_pattern", Bs(&[true, false]))]);
+    granitemoe = Arch::moe("granitemoe").keys(&[("logit_scale", F(4.0)), ("residual_scale", F(0.22)), ("embedding_scale", F(3.0)), ("attention.scale", F(0.1))]);
+    grok = Arch::moe("grok").keys(&[("expert_count", U(2))]);
+    grovemoe = Arch::moe("grovemoe").keys(&[("expert_chunk_feed_forward_length", U(32)), ("expert_group_scale", F(0.05)), ("experts_per_group", U(2))]);
+    hunyuan_moe = Arch::moe("hunyuan-moe");
+    hy_v3 = Arch::moe("hy_v3");
+    laguna = Arch::moe("laguna").keys(&[("block_count", U(4)), ("attention.sliding_window_pattern", Bs(&[true, false, true, false]))]);
+    llama4 = Arch::moe("llama4").keys(&[("block_count", U(4)), ("attention.sliding_window", No), ("expert_used_count", U(1))]);
+    llama_moe = Arch::moe("llama");
+    maple = Arch::moe("maple").keys(&[("block_count", U(2)), ("attention.sliding_window_pattern", Bs(&[true, false])), ("swiglu_clamp_exp", Fs(&[1.0, 1.5]))]);
+    mellum = Arch::moe("mellum");
+    mimo2 = Arch::moe("mimo2").keys(&[("block_count", U(2)), ("attention.sliding_window_pattern", Bs(&[true, false])), ("rope.freq_base_swa", F(1e4))]);
+    minimax_m2 = Arch::moe("minimax-m2").keys(&[("expert_gating_func", U(2))]);
+    mistral3_moe = Arch::moe("mistral3");
+    mistral4 = Arch::moe("mistral4").keys(&MLA);
+    olmoe = Arch::moe("olmoe").keys(&[("attention.head_count_kv", No)]);
+    phimoe = Arch::moe("phimoe");
+    qwen2moe = Arch::moe("qwen2moe");
+    qwen3moe = Arch::moe("qwen3moe");
+    qwen3vlmoe = Arch::moe("qwen3vlmoe").keys(&[SECTIONS]);
+    smallthinker = Arch::moe("smallthinker").keys(&[("attention.sliding_window", No), ("expert_gating_func", U(2))]);
+    step35 = Arch::moe("step35").keys(&[("block_count", U(2)), ("attention.sliding_window_pattern", Bs(&[true, false])), ("rope.freq_base_swa", F(1e4)), ("swiglu_clamp_exp", Fs(&[0.0, 1.5])), ("swiglu_clamp_shexp", Fs(&[0.0, 1.5]))]);
 }

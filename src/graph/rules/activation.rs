@@ -23,10 +23,15 @@ pub fn vjp(c: &mut Ctx, node: &Node, grad: Tensor, need: &[bool]) -> Result<Grad
         return Ok(vec![Some(g)]);
     }
     let kind = node.params[0] as u32;
+    if let Some(limited) = Limited::of(node) {
+        return limited.vjp(c, node, grad, need);
+    }
     let gate = gate(kind).ok_or_else(|| GraphError::NoRule {
         op: format!("GLU kind {kind}"),
     })?;
     if let [a, b] = node.src[..] {
+        // Halves of one product come as views of it.
+        let (a, b) = (c.packed(a)?, c.packed(b)?);
         let ga = if need[0] {
             Some(gated(c, gate, a, b, grad)?)
         } else {
@@ -43,8 +48,13 @@ pub fn vjp(c: &mut Ctx, node: &Node, grad: Tensor, need: &[bool]) -> Result<Grad
     Ok(vec![Some(fused(c, gate, node, grad)?)])
 }
 
-/// The activation of a gate that has a rule.
-pub fn gate(glu: u32) -> Option<u32> {
+/// Whether a gate has a rule.
+pub fn has_gate_rule(glu: u32) -> bool {
+    gate(glu).is_some() || is_limited(glu)
+}
+
+/// The activation of a gate without limits.
+fn gate(glu: u32) -> Option<u32> {
     match glu {
         sys::GGML_GLU_OP_SWIGLU => Some(sys::GGML_UNARY_OP_SILU),
         sys::GGML_GLU_OP_GEGLU => Some(sys::GGML_UNARY_OP_GELU),
@@ -62,6 +72,8 @@ pub fn has_rule(unary: u32) -> bool {
             | sys::GGML_UNARY_OP_TANH
             | sys::GGML_UNARY_OP_RELU
             | sys::GGML_UNARY_OP_SIGMOID
+            | sys::GGML_UNARY_OP_SOFTPLUS
+            | sys::GGML_UNARY_OP_EXP
             | sys::GGML_UNARY_OP_GELU
             | sys::GGML_UNARY_OP_GELU_QUICK
             | sys::GGML_UNARY_OP_XIELU
@@ -75,6 +87,64 @@ fn gated(c: &mut Ctx, gate: u32, a: Tensor, b: Tensor, grad: Tensor) -> Result<T
     }
     let act = c.unary(a, gate)?;
     unary(c, gate, a, act, g)
+}
+
+fn is_limited(glu: u32) -> bool {
+    glu == sys::GGML_GLU_OP_SWIGLU_OAI || glu == sys::GGML_GLU_OP_SWIGLU_CLAMP
+}
+
+/// Gates with limits, in two tensors: with `x = min(a, limit)` and `y = clamp(b, −limit, limit)`,
+/// `x·σ(αx)·(y + shift)`: gpt-oss has a slope α of its own and a shift of 1, others 1 and 0.
+struct Limited {
+    alpha: f32,
+    limit: f32,
+    shift: f32,
+}
+
+impl Limited {
+    fn of(node: &Node) -> Option<Self> {
+        let oai = node.params[0] as u32 == sys::GGML_GLU_OP_SWIGLU_OAI;
+        if !is_limited(node.params[0] as u32) || node.src.len() != 2 {
+            return None;
+        }
+        Some(Self {
+            alpha: if oai { float(&node.params, 2) } else { 1.0 },
+            limit: float(&node.params, 3),
+            shift: if oai { 1.0 } else { 0.0 },
+        })
+    }
+
+    /// `da = g·(y + shift)·(x·σ(αx))'·[a < limit]`, `db = g·x·σ(αx)·[|b| < limit]`. With `u = αx`:
+    /// `x·σ(αx) = silu(u)/α`, and its derivative is silu's at u.
+    fn vjp(&self, c: &mut Ctx, node: &Node, g: Tensor, need: &[bool]) -> Result<Grads, GraphError> {
+        let (a, b) = (c.packed(node.src[0])?, c.packed(node.src[1])?);
+        let x = c.clamp(a, f32::NEG_INFINITY, self.limit)?;
+        let u = c.scale(x, self.alpha, 0.0)?;
+        let (mut ga, mut gb) = (None, None);
+        if need[0] {
+            let y = c.clamp(b, -self.limit, self.limit)?;
+            let y = c.scale(y, 1.0, self.shift)?;
+            let g = c.mul(g, y)?;
+            let g = c.silu_back(g, u)?;
+            let below = self.below(c, a)?;
+            ga = Some(c.mul(g, below)?);
+        }
+        if need[1] {
+            let act = c.unary(u, sys::GGML_UNARY_OP_SILU)?;
+            let act = c.scale(act, 1.0 / self.alpha, 0.0)?;
+            let g = c.mul(g, act)?;
+            let size = c.unary(b, sys::GGML_UNARY_OP_ABS)?;
+            let below = self.below(c, size)?;
+            gb = Some(c.mul(g, below)?);
+        }
+        Ok(vec![ga, gb])
+    }
+
+    /// 1 where `x` is below the limit, else 0.
+    fn below(&self, c: &mut Ctx, x: Tensor) -> Result<Tensor, GraphError> {
+        let room = c.scale(x, -1.0, self.limit)?;
+        Ok(c.unary(room, sys::GGML_UNARY_OP_STEP)?)
+    }
 }
 
 /// `[a; b]` in one tensor: the gradients of the halves, put side by side again.
@@ -115,6 +185,11 @@ fn unary(c: &mut Ctx, op: u32, x: Tensor, y: Tensor, grad: Tensor) -> Result<Ten
             let d = c.sub(y, y2)?;
             Ok(c.mul(grad, d)?)
         }
+        sys::GGML_UNARY_OP_SOFTPLUS => {
+            let d = c.unary(x, sys::GGML_UNARY_OP_SIGMOID)?;
+            Ok(c.mul(grad, d)?)
+        }
+        sys::GGML_UNARY_OP_EXP => Ok(c.mul(grad, y)?),
         sys::GGML_UNARY_OP_GELU_QUICK => {
             // With u = kx: x·σ(u) = silu(u)/k, so its derivative is silu's at u.
             let u = c.scale(x, GELU_QUICK, 0.0)?;

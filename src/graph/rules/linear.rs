@@ -17,7 +17,7 @@ pub fn vjp(
     if node.op == sys::GGML_OP_GET_ROWS {
         let grad = c.packed(grad)?;
         let ga = if need[0] {
-            Some(c.get_rows_back(grad, b, a)?)
+            Some(scatter(c, a, b, grad)?)
         } else {
             None
         };
@@ -36,6 +36,36 @@ pub fn vjp(
         grads[1] = Some(c.mul_mat(at, g)?);
     }
     Ok(grads)
+}
+
+/// The transpose of selecting rows of `a [n, rows, t]` by `ids [k, t]`: the rows of `grad [n, k, t]`
+/// added up where they came from.
+fn scatter(c: &mut Ctx, a: Tensor, ids: Tensor, grad: Tensor) -> Result<Tensor, GraphError> {
+    let (i, i_nb) = (c.ne(ids), c.nb(ids));
+    if i[1] * i[2] == 1 {
+        return Ok(c.get_rows_back(grad, ids, a)?);
+    }
+    let like = c.packed(a)?;
+    if c.ids_differ(ids) {
+        let zero = c.fill_like(like, 0.0)?;
+        return Ok(c.set_rows(zero, grad, ids)?);
+    }
+    // ggml writes rows, it does not add them: one id of each token at a time, as a row may be
+    // chosen twice.
+    let (g, g_nb) = (c.ne(grad), c.nb(grad));
+    let mut total = None;
+    for k in 0..i[0] {
+        let id = c.view(ids, [1, i[1], i[2], 1], i_nb, i_nb[0] * k as usize)?;
+        let row = c.view(grad, [g[0], 1, g[2], g[3]], g_nb, g_nb[1] * k as usize)?;
+        let row = c.packed(row)?;
+        let zero = c.fill_like(like, 0.0)?;
+        let part = c.set_rows(zero, row, id)?;
+        total = Some(match total {
+            Some(sum) => c.add(sum, part)?,
+            None => part,
+        });
+    }
+    Ok(total.expect("rows are selected"))
 }
 
 /// `da [k, m, …] = mul_mat(bᵀ [n, k], gᵀ [n, m])`, summed over the repeats of `a`.

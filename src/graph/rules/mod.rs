@@ -8,6 +8,7 @@
 mod activation;
 mod attention;
 mod elementwise;
+mod experts;
 mod linear;
 mod norm;
 mod shape;
@@ -23,6 +24,30 @@ pub trait Weightless {
     /// # Errors
     /// A weight that cannot be decoded, or no memory.
     fn transposed(&mut self, c: &mut Ctx, w: Tensor) -> Result<Option<Tensor>, GraphError>;
+
+    /// The same for a stack of experts `[n_in, n_out, n_expert]`; none where copies of all of them
+    /// would take too much memory, and they are decoded a [tile](Self::tile) at a time.
+    ///
+    /// # Errors
+    /// A weight that cannot be decoded, or no memory.
+    fn transposed_experts(&mut self, c: &mut Ctx, w: Tensor) -> Result<Option<Tensor>, GraphError> {
+        self.transposed(c, w)
+    }
+
+    /// Bytes of a tile of decoded experts.
+    fn tile(&self) -> usize {
+        TILE
+    }
+}
+
+/// Bytes of a tile of decoded experts, in f32. Two of them are held at a time: as decoded, and
+/// transposed.
+pub const TILE: usize = 64 << 20;
+
+/// Rows of each expert of a stack `[n_in, n_out, n_expert]` in a tile of `bytes`.
+pub fn tile_rows([n_in, n_out, n_expert, _]: [i64; 4], bytes: usize) -> i64 {
+    let row = 4 * (n_in * n_expert).max(1);
+    (bytes as i64 / row).clamp(1, n_out.max(1))
 }
 
 /// Gradients of a node's sources, one slot each; none where no gradient is needed.
@@ -43,6 +68,7 @@ pub fn vjp(
     match family(node.op) {
         Some(Family::Elementwise) => elementwise::vjp(c, node, grad, need),
         Some(Family::Linear) => linear::vjp(c, node, grad, need, env),
+        Some(Family::Experts) => experts::vjp(c, node, grad, need, env),
         Some(Family::Norm) => norm::vjp(c, node, grad),
         Some(Family::Attention) => attention::vjp(c, node, grad, need),
         Some(Family::Activation) => activation::vjp(c, node, grad, need),
@@ -57,10 +83,23 @@ pub fn vjp(
 enum Family {
     Elementwise,
     Linear,
+    Experts,
     Norm,
     Attention,
     Activation,
     Shape,
+}
+
+/// Through how many of its first sources an op passes a gradient on, where they depend on a
+/// parameter. The others hold indices, positions and masks; which expert comes first in a ranking
+/// is piecewise constant.
+pub fn carries(op: u32) -> usize {
+    match op {
+        sys::GGML_OP_ARGSORT | sys::GGML_OP_FILL => 0,
+        sys::GGML_OP_GET_ROWS | sys::GGML_OP_ROPE | sys::GGML_OP_SOFT_MAX => 1,
+        sys::GGML_OP_MUL_MAT_ID | sys::GGML_OP_ADD_ID => 2,
+        _ => usize::MAX,
+    }
 }
 
 /// Where an op's rule stands, if it has one.
@@ -77,6 +116,7 @@ fn family(op: u32) -> Option<Family> {
         | sys::GGML_OP_MEAN
         | sys::GGML_OP_SCALE => Family::Elementwise,
         sys::GGML_OP_MUL_MAT | sys::GGML_OP_GET_ROWS => Family::Linear,
+        sys::GGML_OP_MUL_MAT_ID | sys::GGML_OP_ADD_ID => Family::Experts,
         sys::GGML_OP_RMS_NORM | sys::GGML_OP_NORM => Family::Norm,
         sys::GGML_OP_ROPE | sys::GGML_OP_SOFT_MAX => Family::Attention,
         sys::GGML_OP_GLU | sys::GGML_OP_UNARY => Family::Activation,
@@ -95,7 +135,7 @@ fn family(op: u32) -> Option<Family> {
 pub fn has_rule(op: u32, kind: u32) -> bool {
     match op {
         sys::GGML_OP_UNARY => activation::has_rule(kind),
-        sys::GGML_OP_GLU => activation::gate(kind).is_some(),
+        sys::GGML_OP_GLU => activation::has_gate_rule(kind),
         _ => family(op).is_some(),
     }
 }

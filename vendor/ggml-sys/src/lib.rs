@@ -29,13 +29,14 @@ pub use llama_cpp_sys_2::{
 /// Node constructors. Naming trap: `ggml_mul_mat(a, b)` is `b·aᵀ` in row-major terms:
 /// `a [k, m]`, `b [k, n]` give `[m, n]`.
 pub use llama_cpp_sys_2::{
-    ggml_acc, ggml_add, ggml_cast, ggml_clamp, ggml_concat, ggml_cont, ggml_cont_4d, ggml_div,
-    ggml_fill, ggml_get_rows, ggml_get_rows_back, ggml_glu, ggml_glu_split, ggml_log, ggml_mean,
-    ggml_mul, ggml_mul_mat, ggml_norm, ggml_out_prod, ggml_permute, ggml_repeat, ggml_repeat_4d,
-    ggml_repeat_back, ggml_reshape_4d, ggml_rms_norm, ggml_rms_norm_back, ggml_rope_ext,
-    ggml_rope_ext_back, ggml_rope_multi, ggml_rope_multi_back, ggml_scale, ggml_scale_bias,
-    ggml_silu_back, ggml_soft_max_add_sinks, ggml_soft_max_ext, ggml_soft_max_ext_back, ggml_sqr,
-    ggml_sqrt, ggml_sub, ggml_sum_rows, ggml_transpose, ggml_unary, ggml_view_4d,
+    ggml_acc, ggml_add, ggml_add_id, ggml_argsort, ggml_cast, ggml_clamp, ggml_concat, ggml_cont,
+    ggml_cont_4d, ggml_div, ggml_fill, ggml_get_rows, ggml_get_rows_back, ggml_glu, ggml_glu_split,
+    ggml_log, ggml_mean, ggml_mul, ggml_mul_mat, ggml_mul_mat_id, ggml_norm, ggml_out_prod,
+    ggml_permute, ggml_repeat, ggml_repeat_4d, ggml_repeat_back, ggml_reshape_4d, ggml_rms_norm,
+    ggml_rms_norm_back, ggml_rope_ext, ggml_rope_ext_back, ggml_rope_multi, ggml_rope_multi_back,
+    ggml_scale, ggml_scale_bias, ggml_set_rows, ggml_silu_back, ggml_soft_max_add_sinks,
+    ggml_soft_max_ext, ggml_soft_max_ext_back, ggml_sqr, ggml_sqrt, ggml_sub, ggml_sum_rows,
+    ggml_transpose, ggml_unary, ggml_view_4d,
 };
 
 /// Graphs, the graph allocator and the CPU backend. `ggml_gallocr` reuses a tensor's
@@ -61,16 +62,17 @@ pub use llama_cpp_sys_2::{
 
 /// Numbers of the enums, with ggml's own names.
 pub use llama_cpp_sys_2::{
-    GGML_GLU_OP_GEGLU, GGML_GLU_OP_GEGLU_QUICK, GGML_GLU_OP_REGLU, GGML_GLU_OP_SWIGLU, GGML_OP_ADD,
-    GGML_OP_CLAMP, GGML_OP_CONCAT, GGML_OP_CONT, GGML_OP_CPY, GGML_OP_DIV, GGML_OP_GET_ROWS,
-    GGML_OP_GLU, GGML_OP_MEAN, GGML_OP_MUL, GGML_OP_MUL_MAT, GGML_OP_NONE, GGML_OP_NORM,
-    GGML_OP_PERMUTE, GGML_OP_REPEAT, GGML_OP_RESHAPE, GGML_OP_RMS_NORM, GGML_OP_ROPE,
-    GGML_OP_SCALE, GGML_OP_SET_ROWS, GGML_OP_SOFT_MAX, GGML_OP_SQR, GGML_OP_SQRT, GGML_OP_SUB,
-    GGML_OP_SUM_ROWS, GGML_OP_TRANSPOSE, GGML_OP_UNARY, GGML_OP_VIEW, GGML_STATUS_SUCCESS,
-    GGML_TENSOR_FLAG_INPUT, GGML_TYPE_BF16, GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_I32,
-    GGML_TYPE_I64, GGML_UNARY_OP_EXP, GGML_UNARY_OP_GELU, GGML_UNARY_OP_GELU_QUICK,
-    GGML_UNARY_OP_RELU, GGML_UNARY_OP_SIGMOID, GGML_UNARY_OP_SILU, GGML_UNARY_OP_STEP,
-    GGML_UNARY_OP_TANH, GGML_UNARY_OP_XIELU,
+    GGML_GLU_OP_GEGLU, GGML_GLU_OP_GEGLU_QUICK, GGML_GLU_OP_REGLU, GGML_GLU_OP_SWIGLU,
+    GGML_GLU_OP_SWIGLU_CLAMP, GGML_GLU_OP_SWIGLU_OAI, GGML_OP_ADD, GGML_OP_ADD_ID, GGML_OP_ARGSORT,
+    GGML_OP_CLAMP, GGML_OP_CONCAT, GGML_OP_CONT, GGML_OP_CPY, GGML_OP_DIV, GGML_OP_FILL,
+    GGML_OP_GET_ROWS, GGML_OP_GLU, GGML_OP_MEAN, GGML_OP_MUL, GGML_OP_MUL_MAT, GGML_OP_MUL_MAT_ID,
+    GGML_OP_NONE, GGML_OP_NORM, GGML_OP_PERMUTE, GGML_OP_REPEAT, GGML_OP_RESHAPE, GGML_OP_RMS_NORM,
+    GGML_OP_ROPE, GGML_OP_SCALE, GGML_OP_SET_ROWS, GGML_OP_SOFT_MAX, GGML_OP_SQR, GGML_OP_SQRT,
+    GGML_OP_SUB, GGML_OP_SUM_ROWS, GGML_OP_TRANSPOSE, GGML_OP_UNARY, GGML_OP_VIEW,
+    GGML_STATUS_SUCCESS, GGML_TENSOR_FLAG_INPUT, GGML_TYPE_BF16, GGML_TYPE_F16, GGML_TYPE_F32,
+    GGML_TYPE_I32, GGML_TYPE_I64, GGML_UNARY_OP_ABS, GGML_UNARY_OP_EXP, GGML_UNARY_OP_GELU,
+    GGML_UNARY_OP_GELU_QUICK, GGML_UNARY_OP_RELU, GGML_UNARY_OP_SIGMOID, GGML_UNARY_OP_SILU,
+    GGML_UNARY_OP_SOFTPLUS, GGML_UNARY_OP_STEP, GGML_UNARY_OP_TANH, GGML_UNARY_OP_XIELU,
 };
 
 // The recorder copies these fields out of llama.cpp's live graph: a layout that moved

@@ -1,0 +1,54 @@
+//! Experts stay as they are: how the gradient gets past them, and what `check` says of them.
+
+use super::model::{Form, write};
+use super::{rig::Rig, support, table};
+use nepenthe::train::loss::RowObjective;
+use std::process::Command;
+
+/// With transposed copies of all experts, or decoding them on the way: one sum in another order.
+#[test]
+fn copies_and_decoding_give_the_same_gradients() {
+    for form in [Form::Exact, Form::Quantised] {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("model.gguf");
+        assert!(write(&table::qwen2moe, form, &support::mini(), &path));
+        let mut rig = Rig::new(&path, RowObjective::CrossEntropy);
+        let copied = rig.gradients();
+        rig.expert_copies = 0;
+        let decoded = rig.gradients();
+        for (a, b) in copied.iter().zip(&decoded) {
+            let size = a.iter().fold(0f32, |m, v| m.max(v.abs()));
+            let differ = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+            let worst = differ.fold(0f32, f32::max);
+            assert!(size > 0.0 && worst <= 1e-4 * size, "{worst} of {size}");
+        }
+    }
+}
+
+#[test]
+fn check_says_that_they_are_frozen() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().join("model.gguf");
+    assert!(write(
+        &table::qwen2moe,
+        Form::Exact,
+        &support::mini(),
+        &path
+    ));
+    let out = Command::new(env!("CARGO_BIN_EXE_nepenthe"))
+        .args(["check", "--threads", "1", "-m"])
+        .arg(&path)
+        .output()
+        .expect("it runs");
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success(), "{text}");
+    let kinds = "attn_k, attn_output, attn_q, attn_v, ffn_down_shexp, ffn_gate_shexp, ffn_up_shexp";
+    for line in [
+        &format!("adaptable        21 tensors: {kinds}"),
+        "experts          2 of 4 for each token, in 9 stacks (0 MiB): frozen, with the matrices that \
+         choose them",
+        "training step    257 tokens",
+    ] {
+        assert!(text.contains(line), "{line} in {text}");
+    }
+}
