@@ -81,16 +81,29 @@ pub const REFUSED: &[(&str, &[&str])] = &[
     ("llama.cpp knows its name but has no graph of it", &["gptj"]),
 ];
 
-/// The architectures in the source of the llama.cpp that this build is linked with.
-fn known() -> BTreeSet<String> {
+fn cargo(args: &[&str]) -> Vec<u8> {
     let out = Command::new(env!("CARGO"))
-        .args(["metadata", "--format-version", "1", "--locked", "--offline"])
+        .args(args)
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .output()
         .expect("cargo runs");
     let said = String::from_utf8_lossy(&out.stderr);
     assert!(out.status.success(), "{said}");
-    let metadata: serde_json::Value = serde_json::from_slice(&out.stdout).expect("JSON");
+    out.stdout
+}
+
+/// The architectures in the source of the llama.cpp that this build is linked with.
+fn known() -> BTreeSet<String> {
+    // Packages of other platforms may not be on this machine.
+    let version = cargo(&["-vV"]);
+    let version = String::from_utf8_lossy(&version);
+    let mut lines = version.lines();
+    let host = lines
+        .find_map(|l| l.strip_prefix("host: "))
+        .expect("a host");
+    let format = ["metadata", "--format-version", "1", "--locked", "--offline"];
+    let stdout = cargo(&[&format[..], &["--filter-platform", host]].concat());
+    let metadata: serde_json::Value = serde_json::from_slice(&stdout).expect("JSON");
     let mut packages = metadata["packages"].as_array().expect("a list").iter();
     let engine = packages
         .find(|p| p["name"] == "llama-cpp-sys-2")
