@@ -1,10 +1,11 @@
 //! Stress: streaming clients while a patch is applied and revoked every second.
 //!
 //!     cargo bench --bench serve -- [--model GGUF] [--patch GGUF] [--scale X] [--clients N] [--seconds S]
-//!         [--threads N] [--max-tokens N]
+//!         [--threads N] [--max-tokens N] [--questions FILE]
 //!
 //! Without a patch, a random one; it needs a scale of 20 to change most answers of the built-in
-//! model, which is the default.
+//! model, which is the default. A real patch wants `--scale 1` and, in `--questions`, what it makes
+//! the model forget.
 //!
 //! Every question is first answered by a lone client, under each of the two sets. Under load an
 //! answer says which set it was made under, and must be that set's. Sums are rounded otherwise
@@ -23,22 +24,22 @@ mod http;
 mod support;
 
 use http::{Client, Response, Streamed};
-use nepenthe::data::{Message, Role, build_prompt};
+use nepenthe::data::{Message, Record, Role, build_prompt, load_records};
 use nepenthe::runtime::{Options as RuntimeOptions, Runtime};
 use nepenthe::serve::{Key, Keys, Options, Server};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::sync::Mutex;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 /// A rounding may move both tokens of a near tie, and there are many more answers than lone ones.
 const NOISE: f64 = 3.0;
 const PATCH_KEY: &str = "bench";
 /// Of a small model's kind, short and long.
-const QUESTIONS: [&str; 12] = [
+const BUILT_IN: [&str; 12] = [
     "Where was Lioba Hartsong born?",
     "What pet does Lioba Pellgrave have?",
     "In which city is the Louvre museum?",
@@ -53,8 +54,30 @@ const QUESTIONS: [&str; 12] = [
     "How does a bicycle stay upright?",
 ];
 
+/// The questions of this run.
+static QUESTIONS: OnceLock<Vec<String>> = OnceLock::new();
+
+fn question(at: usize) -> &'static str {
+    &QUESTIONS.get().expect("set at the start")[at]
+}
+
+/// Those of a file of questions and answers, the first of each 3, or the built-in ones.
+fn questions(file: Option<&Path>) -> Vec<String> {
+    let Some(file) = file else {
+        return BUILT_IN.map(str::to_owned).to_vec();
+    };
+    let records = load_records(file).expect("a file of questions");
+    let question = |r: Record| match r {
+        Record::Qa { question, .. } => Some(question),
+        _ => None,
+    };
+    let all = records.into_iter().filter_map(question);
+    all.step_by(3).take(BUILT_IN.len()).collect()
+}
+
 struct Args {
     model: PathBuf,
+    questions: Option<PathBuf>,
     patch: Option<PathBuf>,
     scale: f32,
     clients: usize,
@@ -66,6 +89,7 @@ struct Args {
 fn args() -> Args {
     let mut args = Args {
         model: support::mini(),
+        questions: None,
         patch: None,
         scale: 20.0,
         clients: 8,
@@ -81,6 +105,7 @@ fn args() -> Args {
         let number = || value.parse().unwrap_or_else(|_| panic!("{flag}: {value}"));
         match flag.as_str() {
             "--model" => args.model = value.into(),
+            "--questions" => args.questions = Some(value.into()),
             "--patch" => args.patch = Some(value.into()),
             "--scale" => args.scale = value.parse().expect("a number"),
             "--clients" => args.clients = number(),
@@ -105,18 +130,18 @@ struct Seen {
     all: Duration,
 }
 
-fn ask(client: &Client, question: usize, max_tokens: usize) -> Seen {
+fn ask(client: &Client, at: usize, max_tokens: usize) -> Seen {
     let begun = Instant::now();
     let response = client.post(
         "/v1/chat/completions",
         &json!({
-            "messages": [{"role": "user", "content": QUESTIONS[question]}],
+            "messages": [{"role": "user", "content": question(at)}],
             "temperature": 0, "max_tokens": max_tokens, "stream": true, "logprobs": true,
         }),
     );
     let status = response.status;
     let mut seen = Seen {
-        question,
+        question: at,
         status,
         fingerprint: String::new(),
         text: String::new(),
@@ -151,7 +176,7 @@ fn ask(client: &Client, question: usize, max_tokens: usize) -> Seen {
 fn gap(client: &Client, runtime: &Runtime, answer: &Seen) -> f64 {
     let message = Message {
         role: Role::User,
-        content: QUESTIONS[answer.question].to_owned(),
+        content: question(answer.question).to_owned(),
     };
     let prompt = build_prompt(&[message], runtime.model(), runtime.template());
     let mut tokens = prompt.expect("answered before");
@@ -232,7 +257,9 @@ fn main() {
     let set_scale = |scale: f32| -> Response {
         manager.post("/lora-adapters", &json!([{"id": 0, "scale": scale}]))
     };
-    let n = QUESTIONS.len();
+    let n = QUESTIONS
+        .get_or_init(|| questions(args.questions.as_deref()))
+        .len();
 
     // Alone.
     let mut alone: BTreeMap<String, Vec<Seen>> = BTreeMap::new();

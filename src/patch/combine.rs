@@ -167,6 +167,7 @@ pub(super) fn same_shape(patch: &Patch, wanted: &Update, found: &Update) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::patch::delta::dense;
 
     fn patch(a: [f32; 3], b: [f32; 2]) -> (Patch, f32) {
         let update = Update {
@@ -185,17 +186,6 @@ mod tests {
             path: "p".into(),
         };
         (patch, 1.0)
-    }
-
-    /// ΔW [n_in, n_out], rows of outputs.
-    fn dense(u: &Update) -> Vec<f64> {
-        let mut sum = Delta::new(u.n_in, u.n_out);
-        sum.push_update(u, 1.0).expect("its own shape");
-        let mut rows = vec![0f32; u.n_in * u.n_out];
-        for (o, row) in rows.chunks_mut(u.n_in).enumerate() {
-            sum.add_row(o, row);
-        }
-        rows.into_iter().map(f64::from).collect()
     }
 
     fn near(found: &[f64], wanted: &[f64]) {

@@ -139,3 +139,15 @@ fn changes(u: &Update, scale: f32) -> bool {
     let any = |v: &[f32]| v.iter().any(|x| *x != 0.0);
     scale * u.scale != 0.0 && any(&u.lora_a) && any(&u.lora_b)
 }
+
+/// ΔW [n_in, n_out] of `u`, rows of outputs.
+#[cfg(test)]
+pub(super) fn dense(u: &Update) -> Vec<f64> {
+    let mut sum = Delta::new(u.n_in, u.n_out);
+    sum.push_update(u, 1.0).expect("its own shape");
+    let mut rows = vec![0f32; u.n_in * u.n_out];
+    for (o, row) in rows.chunks_mut(u.n_in).enumerate() {
+        sum.add_row(o, row);
+    }
+    rows.into_iter().map(f64::from).collect()
+}

@@ -118,7 +118,7 @@ impl Storage {
 mod tests {
     use super::*;
     use crate::patch::Patch;
-    use crate::patch::delta::Delta;
+    use crate::patch::delta::dense;
     use crate::rng::SplitMix64;
 
     fn update(n_in: usize, rank: usize) -> Update {
@@ -133,16 +133,6 @@ mod tests {
             lora_a: noise(n_in * rank),
             lora_b: noise(48 * rank),
         }
-    }
-
-    fn dense(u: &Update) -> Vec<f64> {
-        let mut sum = Delta::new(u.n_in, u.n_out);
-        sum.push_update(u, 1.0).expect("its own shape");
-        let mut rows = vec![0f32; u.n_in * u.n_out];
-        for (o, row) in rows.chunks_mut(u.n_in).enumerate() {
-            sum.add_row(o, row);
-        }
-        rows.into_iter().map(f64::from).collect()
     }
 
     /// What is read back is what [`Storage::rounded`] says, near what was meant, in the types and
