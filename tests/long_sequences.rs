@@ -15,7 +15,7 @@ fn sample(open: &OpenModel, n: usize, n_answer: usize) -> Sample {
     let text = open.model.tokenize(GENERAL_TEXT, true, false);
     Sample {
         tokens: text.iter().copied().cycle().take(n).collect(),
-        answers: vec![n - n_answer..n],
+        answers: std::iter::once(n - n_answer..n).collect(),
         truncated: false,
     }
 }
