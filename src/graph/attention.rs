@@ -26,9 +26,9 @@ pub struct Attention {
 /// Numbers of keys and queries, for masks.
 #[derive(Debug, Clone, Copy)]
 pub struct Numbers {
-    /// 0, 1, … [T].
+    /// 0, 1, … `[T]`.
     pub keys: Tensor,
-    /// 0, 1, … [1, T].
+    /// 0, 1, … `[1, T]`.
     pub queries: Tensor,
 }
 
@@ -101,7 +101,7 @@ impl Attention {
     }
 
     /// Emit it with at most `n_queries` queries at a time; `source` gives the tensors of entries
-    /// outside, and for the mask the first key of each query [1, T]. Returns the result, and the
+    /// outside, and for the mask the first key of each query `[1, T]`. Returns the result, and the
     /// stretches of nodes of the tiles.
     ///
     /// # Errors
@@ -167,7 +167,7 @@ impl Attention {
     }
 }
 
-/// The mask [T, rows] of `rows` queries from `begin` on: 0 for keys from `first` [1, T] to the query
+/// The mask `[T, rows]` of `rows` queries from `begin` on: 0 for keys from `first` `[1, T]` to the query
 /// itself, or minus their distance.
 fn mask(
     c: &mut Ctx,
