@@ -336,7 +336,7 @@ fn main() -> Result<()> {
             return Ok(());
         }
     }
-    let OpenModel { model, weights } = OpenModel::open(&path, 0)?;
+    let OpenModel { model, weights, .. } = OpenModel::open(&path, 0)?;
     let patch = args.patch.as_deref().map(Patch::open).transpose()?;
     let mut targets = Vec::new();
     for (kind, ty) in [

@@ -8,6 +8,7 @@
 use crate::data::Sample;
 use crate::error::Error;
 use crate::ggml::{Batch, Context, ContextOptions, DecodeError, Hook, Model, NodeView, sys};
+use crate::graph::GraphError;
 use crate::graph::batch::pack;
 use crate::graph::template::Adaptable;
 use std::collections::HashMap;
@@ -49,16 +50,17 @@ impl Hook for Watcher {
             return false;
         }
         let watch = self.0.lock().expect("only this thread locks");
-        node.src_name(0)
+        node.weight_name(0)
             .is_some_and(|n| watch.index.contains_key(&n))
     }
 
     fn seen(&mut self, node: &NodeView<'_>) -> bool {
         let watch = &mut *self.0.lock().expect("only this thread locks");
-        let Some(&i) = node.src_name(0).and_then(|n| watch.index.get(&n)) else {
+        let Some(&i) = node.weight_name(0).and_then(|n| watch.index.get(&n)) else {
             return true;
         };
         if node.read_f32(&mut watch.values) {
+            watch.to_come = watch.to_come.saturating_sub(1);
             let n_out = watch.widths[i];
             for (sample, span) in &watch.spans {
                 let into = &mut watch.pooled[i][sample * n_out..(sample + 1) * n_out];
@@ -70,7 +72,6 @@ impl Hook for Watcher {
                 }
             }
         }
-        watch.to_come = watch.to_come.saturating_sub(1);
         true
     }
 
@@ -144,6 +145,13 @@ pub fn pooled_outputs(
             match context.decode(&mut batch) {
                 Ok(()) | Err(DecodeError::Aborted) => {}
                 Err(e) => return Err(e.into()),
+            }
+            let missing = watch.lock().expect("the context is idle").to_come;
+            if missing > 0 {
+                return Err(GraphError::Untraceable(format!(
+                    "{missing} of its products with adaptable weights cannot be watched"
+                ))
+                .into());
             }
             seen += group.len();
             progress(seen);

@@ -3,12 +3,11 @@
 
 use crate::data::{GENERAL_TEXT, Sample};
 use crate::error::Error;
-use crate::ggml::{Batch, Context, ContextOptions, Cpu, Token};
+use crate::ggml::{Batch, Context, ContextOptions, Token};
 use crate::graph::batch::{Packed, Sequence};
 use crate::graph::reverse::first_without_rule;
 use crate::graph::tape::{End, Parts, Tape};
 use crate::graph::template::{self, Template};
-use crate::graph::trace::trace;
 use crate::graph::trained::Trained;
 use crate::graph::weights::Transposed;
 use crate::model::OpenModel;
@@ -17,6 +16,7 @@ use crate::train::config::{Constraint, TrainConfig};
 use crate::train::engine::Engine;
 use crate::train::trainer::{StepBatch, Trainer};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 /// Tokens compared; a multiple of 8, or the attention sums of both sides differ in length.
@@ -83,6 +83,19 @@ pub struct Step {
     pub forward_seconds: f64,
     /// Bytes of graph, transposed weights, parameters and moments.
     pub memory_bytes: usize,
+    /// The GPU it was computed on, if it was.
+    pub gpu: Option<OnGpu>,
+}
+
+/// A step on a GPU.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct OnGpu {
+    /// ggml's name of it.
+    pub name: String,
+    /// Operations of a step.
+    pub nodes: usize,
+    /// Of those it leaves to the CPU, by ggml's name.
+    pub on_cpu: BTreeMap<String, usize>,
 }
 
 /// Check `open`.
@@ -91,7 +104,7 @@ pub struct Step {
 /// A model that cannot be traced or computed.
 pub fn check(open: &OpenModel, n_threads: usize) -> Result<Checked, Error> {
     let began = Instant::now();
-    let template = trace(&open.model, &open.weights)?;
+    let template = open.trace()?;
     let trace_ms = began.elapsed().as_secs_f64() * 1e3;
     let mut tokens = open.model.tokenize(GENERAL_TEXT, true, false);
     tokens.truncate(N_STEP + 1);
@@ -148,7 +161,7 @@ fn rebuilt_logits(
     tokens: &[Token],
     n_threads: usize,
 ) -> Result<Vec<f32>, Error> {
-    let mut cpu = Cpu::new(n_threads)?;
+    let mut cpu = open.backend(n_threads)?;
     let rows: Vec<usize> = (0..tokens.len()).collect();
     let batch = Packed::new(&[Sequence {
         tokens,
@@ -226,6 +239,15 @@ fn compare(ours: &[f32], theirs: &[f32], n_vocab: usize) -> (f64, f64, usize) {
     (diff, largest, agree)
 }
 
+fn on_gpu(engine: &Engine<'_>) -> Option<OnGpu> {
+    let split = engine.split()?;
+    Some(OnGpu {
+        name: engine.cpu.gpu()?.to_owned(),
+        nodes: split.nodes,
+        on_cpu: split.on_cpu,
+    })
+}
+
 fn measure_step(open: &OpenModel, tokens: Vec<Token>, n_threads: usize) -> Result<Step, Error> {
     let n = tokens.len();
     let engine = Engine::new(open, n_threads, N_STEP)?;
@@ -251,12 +273,15 @@ fn measure_step(open: &OpenModel, tokens: Vec<Token>, n_threads: usize) -> Resul
     let began = Instant::now();
     trainer.step(&config, &batch, 0.0)?;
     let seconds = began.elapsed().as_secs_f64();
+    let gpu = on_gpu(&trainer.engine);
     let began = Instant::now();
     trainer.losses(&[&sample])?;
+    let forward_seconds = began.elapsed().as_secs_f64();
     Ok(Step {
         tokens: n,
         seconds,
-        forward_seconds: began.elapsed().as_secs_f64(),
+        forward_seconds,
+        gpu,
         memory_bytes: trainer.engine.bytes() + 4 * 5 * n_params,
     })
 }

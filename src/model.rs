@@ -2,7 +2,11 @@
 
 use crate::data::{Template, Tokenize, TokenizeError};
 use crate::error::Error;
+#[cfg(feature = "train")]
+use crate::ggml::{Cpu, Offload};
 use crate::ggml::{Model, ModelOptions};
+#[cfg(feature = "train")]
+use crate::graph::trace::trace;
 use crate::graph::weights::Weights;
 use std::path::Path;
 
@@ -12,6 +16,8 @@ pub struct OpenModel {
     pub model: Model,
     /// The mapped file.
     pub weights: Weights,
+    /// Layers on a GPU; negative: all.
+    pub n_gpu_layers: i32,
 }
 
 impl OpenModel {
@@ -39,7 +45,51 @@ impl OpenModel {
             ..ModelOptions::default()
         };
         let model = Model::load(path, options)?;
-        Ok(Self { model, weights })
+        Ok(Self {
+            model,
+            weights,
+            n_gpu_layers,
+        })
+    }
+
+    /// Where its own graphs are computed: on `n_threads` threads, and on a GPU if it was opened for
+    /// one and there is one.
+    ///
+    /// # Errors
+    /// When it does not start.
+    #[cfg(feature = "train")]
+    pub fn backend(&self, n_threads: usize) -> Result<Cpu, Error> {
+        let cpu = Cpu::new(n_threads)?;
+        Ok(match self.n_gpu_layers {
+            0 => cpu,
+            n => cpu.on_gpu(Offload::layers(n, self.n_blocks()?))?,
+        })
+    }
+
+    /// Blocks of the model.
+    #[cfg(feature = "train")]
+    fn n_blocks(&self) -> Result<usize, Error> {
+        let key = format!("{}.block_count", self.weights.arch()?);
+        Ok(self.weights.set().metadata().get::<u32>(&key)? as usize)
+    }
+
+    /// llama.cpp's graph of it ([`trace`]). Where a GPU has a part of the model, the graph is that of
+    /// the CPU, without the copies between them.
+    ///
+    /// # Errors
+    /// As [`trace`].
+    #[cfg(feature = "train")]
+    pub fn trace(&self) -> Result<crate::graph::template::Template, Error> {
+        let traced = if self.n_gpu_layers == 0 {
+            trace(&self.model, &self.weights)
+        } else {
+            let options = ModelOptions {
+                repack: false,
+                ..ModelOptions::default()
+            };
+            trace(&Model::load(self.model.path(), options)?, &self.weights)
+        };
+        Ok(traced?)
     }
 
     /// The chat template in the file, if it has one.

@@ -113,7 +113,7 @@ pub fn save(
 /// # Errors
 /// A file that is no subspace file, malformed, or for another model.
 pub fn open_for(path: &Path, open: &OpenModel) -> Result<Vec<RetainBasis>, Error> {
-    let adaptable = crate::graph::trace::trace(&open.model, &open.weights)?.adaptable;
+    let adaptable = open.trace()?.adaptable;
     let gguf = Gguf::open(path)?;
     let meta = gguf.metadata();
     let kind = meta.get_opt::<&str>("general.type")?.unwrap_or("a model");

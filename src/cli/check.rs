@@ -67,6 +67,22 @@ impl Check {
             ),
             (None, None) => {}
         }
+        if let Some(gpu) = c.step.and_then(|s| s.gpu) {
+            let on_cpu: usize = gpu.on_cpu.values().sum();
+            println!(
+                "GPU              {}: {} of {} operations",
+                gpu.name,
+                gpu.nodes - on_cpu,
+                gpu.nodes
+            );
+            if on_cpu > 0 {
+                let ops = gpu.on_cpu.iter().map(|(op, n)| format!("{n} {op}"));
+                println!(
+                    "                 on the CPU: {}",
+                    ops.collect::<Vec<_>>().join(", ")
+                );
+            }
+        }
         Ok(())
     }
 }

@@ -43,6 +43,7 @@ impl ModelArgs {
     /// As [`OpenModel::open`].
     pub fn open(&self) -> Result<OpenModel, Error> {
         crate::ggml::set_verbose(self.verbose);
+        self.n_gpu_layers.note();
         OpenModel::open(&self.model, self.n_gpu_layers.0)
     }
 }
@@ -57,6 +58,17 @@ pub fn threads(asked: Option<usize>) -> usize {
 /// `-ngl`: a number, `auto` or `all`.
 #[derive(Debug, Clone, Copy)]
 pub struct GpuLayers(pub i32);
+
+impl GpuLayers {
+    /// Say so where there is no GPU to put any on.
+    pub fn note(self) {
+        if self.0 != 0 && crate::ggml::gpu_name().is_none() {
+            eprintln!(
+                "nepenthe: no GPU, or built without the feature for it (cuda, metal, vulkan): computing on the CPU"
+            );
+        }
+    }
+}
 
 impl FromStr for GpuLayers {
     type Err = String;

@@ -132,6 +132,7 @@ impl Merge {
             n_threads: threads(self.threads),
             n_gpu_layers: self.n_gpu_layers.0,
         };
+        self.n_gpu_layers.note();
         let mut ui = Stages::new(self.output.quiet || self.output.json);
         let report = merge(job, &mut ui)?;
         drop(ui);

@@ -4,7 +4,6 @@ use super::common::{ModelArgs, Output, TemplateArg};
 use crate::capture::pooled_outputs;
 use crate::data::{load_records, samples};
 use crate::error::Error;
-use crate::graph::trace::trace;
 use crate::progress::Progress;
 use crate::start::CAPTURE_SAMPLES;
 use crate::subspace::retain_only;
@@ -60,7 +59,7 @@ impl Subspace {
             &mut notices,
         )?;
         data.truncate(CAPTURE_SAMPLES);
-        let adaptable = trace(&open.model, &open.weights)?.adaptable;
+        let adaptable = open.trace()?.adaptable;
         let quiet = self.output.quiet || self.output.json;
         let mut progress = Progress::new("capturing outputs", quiet);
         let n = data.len();

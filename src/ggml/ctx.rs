@@ -4,8 +4,8 @@
 //! Shapes are in ggml order, `ne[0]` fastest. Naming trap: `mul_mat(a [k, m], b [k, n])`
 //! gives `[m, n]`.
 
-use super::backend::Buffer;
-use ggml_sys::{ggml_cgraph, ggml_context, ggml_tensor};
+use super::buffer::Buffer;
+use ggml_sys::{ggml_backend_buffer_type_t, ggml_cgraph, ggml_context, ggml_tensor};
 use std::collections::{HashMap, HashSet};
 use std::ffi::CString;
 use std::ptr::{NonNull, null_mut};
@@ -17,7 +17,7 @@ use thiserror::Error;
 pub struct Tensor(u32);
 
 /// A graph of one [`Ctx`].
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Graph(u32);
 
 /// Why an op could not be built or run.
@@ -174,6 +174,12 @@ impl Ctx {
     pub fn n_bytes(&self, t: Tensor) -> usize {
         // SAFETY: live header.
         unsafe { ggml_sys::ggml_nbytes(self.ptr(t)) }
+    }
+
+    /// Bytes that the tensor needs in a buffer of type `buft`, which may want more than its data.
+    pub(super) fn needs(&self, t: Tensor, buft: ggml_backend_buffer_type_t) -> usize {
+        // SAFETY: live header, and the buffer type of a live backend.
+        unsafe { ggml_sys::ggml_backend_buft_get_alloc_size(buft, self.ptr(t)) }
     }
 
     /// Whether the tensor has memory yet.
@@ -368,16 +374,33 @@ impl Ctx {
         Ok(())
     }
 
-    /// The values of a contiguous f32 tensor, in place.
+    /// The values of a contiguous f32 tensor: in place where they are on this host, else read into
+    /// `scratch`. They are the caller's to change, but only what is [written](Self::write) is sure to
+    /// reach the tensor.
     ///
     /// # Errors
     /// Another type, or no memory.
-    pub fn values_mut(&mut self, t: Tensor) -> Result<&mut [f32]> {
+    pub fn values<'a>(&'a mut self, t: Tensor, scratch: &'a mut Vec<f32>) -> Result<&'a mut [f32]> {
         let n = self.n_elements(t);
         self.check_data(t, n * size_of::<f32>())?;
-        // SAFETY: the tensor has memory for `n` floats, on this host (`Cpu` is the one backend),
-        // aligned as ggml aligns all data; the borrow of `self` keeps others from it meanwhile.
+        if !self.on_host(t) {
+            scratch.resize(n, 0.0);
+            self.read(t, scratch)?;
+            return Ok(scratch);
+        }
+        // SAFETY: the tensor has memory for `n` floats on this host, aligned as ggml aligns all
+        // data; the borrow of `self` keeps others from it meanwhile.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.get(t).data.cast(), n) })
+    }
+
+    /// Whether the memory of `t`, which has some, is this host's.
+    pub(super) fn on_host(&self, t: Tensor) -> bool {
+        let g = self.get(t);
+        // SAFETY: a tensor with memory, or what it is a view of, has a live buffer.
+        unsafe {
+            let buffer = g.view_src.as_ref().map_or(g.buffer, |v| v.buffer);
+            ggml_sys::ggml_backend_buffer_is_host(buffer)
+        }
     }
 
     fn check_data(&self, t: Tensor, n_bytes: usize) -> Result<()> {
@@ -1133,6 +1156,18 @@ impl Ctx {
         }
     }
 
+    /// A context with one graph, of `n` times the same leaf: for the sizes of tables.
+    pub(super) fn filler(n: usize) -> Result<(Self, Graph)> {
+        let mut c = Self::new(n + 8)?;
+        let leaf = c.leaf(ggml_sys::GGML_TYPE_F32, [1, 1, 1, 1], "")?;
+        let g = c.new_graph()?;
+        for _ in 0..n {
+            // SAFETY: live graph and tensor; the graph has room for `n + 8` nodes.
+            unsafe { ggml_sys::ggml_graph_add_node(c.graph_ptr(g), c.ptr(leaf)) };
+        }
+        Ok((c, g))
+    }
+
     /// Nodes `range` of `of`, as a graph of their own.
     ///
     /// # Errors
@@ -1154,6 +1189,59 @@ impl Ctx {
     pub fn n_nodes(&self, g: Graph) -> usize {
         // SAFETY: live graph.
         unsafe { ggml_sys::ggml_graph_n_nodes(self.graph_ptr(g)) as usize }
+    }
+
+    /// Every tensor, in the order in which they were made.
+    pub(super) fn tensors(&self) -> impl Iterator<Item = Tensor> + '_ {
+        (0..self.tensors.len()).map(|i| Tensor(i as u32))
+    }
+
+    /// How many there are.
+    pub fn n_tensors(&self) -> usize {
+        self.tensors.len()
+    }
+
+    /// Whether `t` is one of the first `n`.
+    pub fn made_before(&self, t: Tensor, n: usize) -> bool {
+        (t.0 as usize) < n
+    }
+
+    /// The nodes of `g` that are computed: all but views.
+    pub(super) fn computed(&self, g: Graph) -> Vec<Tensor> {
+        let nodes = (0..self.n_nodes(g)).map(|i| {
+            // SAFETY: the index is below the node count.
+            unsafe { ggml_sys::ggml_graph_node(self.graph_ptr(g), i as i32) }
+        });
+        let nodes: HashSet<*mut ggml_tensor> = nodes.collect();
+        let no_view = |&t: &Tensor| {
+            nodes.contains(&self.ptr(t))
+                && !matches!(
+                    self.op(t),
+                    ggml_sys::GGML_OP_RESHAPE
+                        | ggml_sys::GGML_OP_VIEW
+                        | ggml_sys::GGML_OP_PERMUTE
+                        | ggml_sys::GGML_OP_TRANSPOSE
+                )
+        };
+        self.tensors().filter(no_view).collect()
+    }
+
+    /// The sources of nodes of `g` that are no nodes of it, each once.
+    pub(super) fn read_from_outside(&self, g: Graph) -> Vec<Tensor> {
+        let node = |i: usize| {
+            // SAFETY: the index is below the node count.
+            unsafe { ggml_sys::ggml_graph_node(self.graph_ptr(g), i as i32) }
+        };
+        let nodes: HashSet<*mut ggml_tensor> = (0..self.n_nodes(g)).map(node).collect();
+        let mut read = HashSet::new();
+        for &t in &nodes {
+            // SAFETY: nodes of a live graph are live.
+            let sources = unsafe { (*t).src };
+            read.extend(sources.into_iter().filter(|s| !nodes.contains(s)));
+        }
+        self.tensors()
+            .filter(|&t| read.contains(&self.ptr(t)))
+            .collect()
     }
 
     /// What the nodes of `g` from `n` on read of those before them, each once, as the tensors that

@@ -34,6 +34,12 @@ impl NodeView<'_> {
         unsafe { self.0.src.get(i)?.as_ref() }.map(name_of)
     }
 
+    /// The name of source `i` as the model file has it: the scheduler calls its copies of a weight on
+    /// another device `DEVICE#weight#n`.
+    pub fn weight_name(&self, i: usize) -> Option<String> {
+        self.src_name(i).map(|name| original(&name).to_owned())
+    }
+
     /// Elements per dimension.
     pub fn ne(&self) -> [i64; 4] {
         self.0.ne
@@ -297,6 +303,10 @@ impl Recorded {
     }
 }
 
+fn original(name: &str) -> &str {
+    name.split('#').nth(1).unwrap_or(name)
+}
+
 fn key(t: &ggml_tensor) -> usize {
     std::ptr::from_ref(t) as usize
 }
@@ -310,8 +320,18 @@ fn sources(t: &ggml_tensor) -> impl Iterator<Item = *mut ggml_tensor> + '_ {
 
 #[cfg(test)]
 mod tests {
+    use super::original;
     use crate::ggml::{Cpu, Ctx};
     use half::f16;
+
+    #[test]
+    fn a_copy_on_another_device_is_known_by_the_name_in_the_file() {
+        assert_eq!(original("blk.0.attn_q.weight"), "blk.0.attn_q.weight");
+        assert_eq!(
+            original("CUDA0#blk.0.attn_q.weight#0"),
+            "blk.0.attn_q.weight"
+        );
+    }
 
     #[test]
     fn sources_are_read_in_logical_order_whatever_their_strides() {

@@ -145,10 +145,15 @@ impl Model {
         backend();
         let c_str = c_path(path)?;
         log::last_messages();
-        // SAFETY: default parameters with plain fields changed; the path outlives the call.
+        let mut no_device: [c::ggml_backend_dev_t; 1] = [std::ptr::null_mut()];
+        // SAFETY: default parameters with plain fields changed; path and list outlive the call.
         let raw = unsafe {
             let mut p = c::llama_model_default_params();
             p.n_gpu_layers = options.n_gpu_layers;
+            if options.n_gpu_layers == 0 {
+                // Else a GPU takes part: in caches, and in products of long batches.
+                p.devices = no_device.as_mut_ptr();
+            }
             p.use_extra_bufts = options.repack;
             p.vocab_only = options.vocab_only;
             c::llama_model_load_from_file(c_str.as_ptr(), p)

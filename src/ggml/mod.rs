@@ -6,20 +6,24 @@
 #![allow(unsafe_code)]
 
 mod backend;
+mod buffer;
 mod ctx;
 mod eval_hook;
 mod experts;
 mod llama;
 mod log;
+mod plan;
 mod quant;
 
-pub use backend::{Buffer, Cpu, Plan};
+pub use backend::{Backend as Cpu, Offload, Side, Split, gpu_name};
+pub use buffer::Buffer;
 pub use ctx::{Ctx, Graph, OpError, Tensor};
 pub use eval_hook::{Hook, NodeView, Recorded, RecordedTensor};
 pub use llama::{
     Adapter, Batch, Context, ContextOptions, DecodeError, LlamaError, Model, ModelOptions, Token,
 };
 pub use log::{last_messages, set_verbose};
+pub use plan::Plan;
 pub use quant::{QuantError, can_encode, dequantize, quantize};
 
 /// ggml's numeric names of types, ops and flags.

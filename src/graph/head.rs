@@ -8,10 +8,10 @@
 use super::GraphError;
 use super::forward::{Record, Wanted};
 use super::rules::{Weightless, vjp};
-use super::tape::Parts;
+use super::tape::{Parts, place_apart};
 use super::template::{Leaf, Step};
-use super::weights::Weights;
-use crate::ggml::{Cpu, Ctx, Graph, Plan, Tensor, dequantize, sys};
+use super::weights::{Transposed, Weights};
+use crate::ggml::{Cpu, Ctx, Graph, Plan, Side, Tensor, dequantize, sys};
 use rayon::prelude::*;
 
 /// Rows per chunk.
@@ -27,13 +27,14 @@ pub struct Head {
     ctx: Ctx,
     graph: Graph,
     after: Option<(Graph, Tensor, Tensor)>,
-    _plan: Plan,
+    plan: Plan,
     hidden: Tensor,
     logits: Tensor,
     n_embd: usize,
     n_vocab: usize,
     output_weight: String,
     hidden_chunk: Vec<f32>,
+    scratch: Vec<f32>,
 }
 
 struct NoWeights;
@@ -56,14 +57,19 @@ impl Head {
     ///
     /// # Errors
     /// Ops after the output product that cannot be rebuilt or differentiated.
-    pub fn new(parts: &Parts<'_>, cpu: &Cpu) -> Result<Self, GraphError> {
+    pub fn new(parts: &Parts<'_>, cpu: &Cpu, weights: &mut Transposed) -> Result<Self, GraphError> {
         let template = parts.template;
         let mut c = Ctx::new(256)?;
         let mut record = Record::default();
         let r = CHUNK as i64;
         let n_embd = template.entries[template.hidden].ne[0].at(1, 1);
         let hidden = c.leaf(sys::GGML_TYPE_F32, [n_embd, r, 1, 1], "hidden")?;
-        let weight = parts.weights.leaf(&mut c, &template.output_weight)?;
+        // A GPU is given copies; on this host no weight of the head is worth one.
+        let mut leaf = |c: &mut Ctx, name: &str| match cpu.side_of(None) {
+            Side::Device => weights.plain(c, parts.weights, cpu, name),
+            Side::Host => parts.weights.leaf(c, name),
+        };
+        let weight = leaf(&mut c, &template.output_weight)?;
         let mut built = vec![None; template.entries.len()];
         built[template.hidden] = Some(hidden);
         let mut product = None;
@@ -77,7 +83,7 @@ impl Head {
             } = &e.step
             else {
                 if let Step::Leaf(Leaf::Weight(name)) = &e.step {
-                    built[i] = Some(parts.weights.leaf(&mut c, name)?);
+                    built[i] = Some(leaf(&mut c, name)?);
                 }
                 continue;
             };
@@ -132,27 +138,36 @@ impl Head {
             after = Some((back, seed, g));
         }
         cpu.place(&mut c, &inputs)?;
-        let plan = cpu.plan(&c, graph)?;
-        let graph = if after.is_some() {
+        let whole = graph;
+        let (graph, parts) = if let Some((back, _, _)) = after {
             // Forward alone: the nodes before the gradient's.
-            let total = c.n_nodes(graph);
-            let back = after.map_or(0, |(b, _, _)| c.n_nodes(b));
-            c.graph_part(graph, 0..total - back)?
+            let n_forward = c.n_nodes(whole) - c.n_nodes(back);
+            if cpu.gpu().is_some() {
+                let first_on_gpu = match cpu.side_of(None) {
+                    Side::Device => 0,
+                    Side::Host => usize::MAX,
+                };
+                place_apart(&mut c, cpu, (whole, n_forward), &[], first_on_gpu)?;
+            }
+            let forward = c.graph_part(whole, 0..n_forward)?;
+            (forward, vec![forward, back])
         } else {
-            graph
+            (whole, vec![whole])
         };
+        let plan = cpu.plan(&c, whole, &parts)?;
         let n_vocab = c.ne(logits)[0] as usize;
         Ok(Self {
             ctx: c,
             graph,
             after,
-            _plan: plan,
+            plan,
             hidden,
             logits,
             n_embd: n_embd as usize,
             n_vocab,
             output_weight: template.output_weight.clone(),
             hidden_chunk: vec![0.0; n_embd as usize * CHUNK],
+            scratch: Vec::new(),
         })
     }
 
@@ -180,7 +195,7 @@ impl Head {
         for first in (0..n_rows).step_by(CHUNK) {
             let n = CHUNK.min(n_rows - first);
             self.chunk(cpu, hidden, first, n)?;
-            let logits = self.ctx.values_mut(self.logits)?;
+            let logits = self.ctx.values(self.logits, &mut self.scratch)?;
             losses.grade(first, n, &mut logits[..n * self.n_vocab]);
         }
         Ok(())
@@ -205,17 +220,17 @@ impl Head {
         for first in (0..n_rows).step_by(CHUNK) {
             let n = CHUNK.min(n_rows - first);
             self.chunk(cpu, hidden, first, n)?;
-            let logits = self.ctx.values_mut(self.logits)?;
+            let logits = self.ctx.values(self.logits, &mut self.scratch)?;
             losses.grade(first, n, &mut logits[..n * self.n_vocab]);
             logits[n * self.n_vocab..].fill(0.0);
             let grad = match self.after {
                 Some((graph, seed, out)) => {
                     let wanted = logits.to_vec();
                     self.ctx.write(seed, &wanted)?;
-                    cpu.compute(&self.ctx, graph)?;
-                    self.ctx.values_mut(out)?
+                    cpu.compute(&self.ctx, &self.plan, graph)?;
+                    self.ctx.values(out, &mut self.scratch)?
                 }
-                None => self.ctx.values_mut(self.logits)?,
+                None => logits,
             };
             let into = &mut d_hidden[first * self.n_embd..(first + n) * self.n_embd];
             sparse_product(weights, &self.output_weight, grad, n, into)?;
@@ -234,7 +249,7 @@ impl Head {
         self.hidden_chunk[..rows.len()].copy_from_slice(rows);
         self.hidden_chunk[rows.len()..].fill(0.0);
         self.ctx.write(self.hidden, &self.hidden_chunk)?;
-        cpu.compute(&self.ctx, self.graph)?;
+        cpu.compute(&self.ctx, &self.plan, self.graph)?;
         Ok(())
     }
 }

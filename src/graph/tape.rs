@@ -9,8 +9,8 @@ use super::reverse::{Recomputed, gradients};
 use super::rules::{TILE, Weightless, tile_rows};
 use super::template::{Leaf, Step, Template};
 use super::trained::Trained;
-use super::weights::{Transposed, Weights};
-use crate::ggml::{Cpu, Ctx, Graph, Plan, Tensor, sys};
+use super::weights::{Transposed, Weights, block_of};
+use crate::ggml::{Cpu, Ctx, Graph, Plan, Side, Split, Tensor, sys};
 use std::collections::{HashMap, HashSet};
 
 /// Writes the dropout mask `[n_in, T]` of the adaptable tensor with this index.
@@ -103,22 +103,30 @@ impl Weightless for Env<'_> {
 const DEEP: usize = 2048;
 
 /// Give what the way back reads of the way forward, and the gradients, memory of their own that is
-/// kept to the end; returns its size. In a deep graph they would leave gaps among the others, of
+/// kept to the end; returns its size. On a GPU each way is planned by itself; in a deep graph they would leave gaps among the others, of
 /// which ggml's allocator stands 256 before it ends the process. It takes some more memory, as
-/// nothing else uses theirs once they have been read.
-fn place_apart(
+/// nothing else uses theirs once they have been read. Tensors of this context made before number
+/// `first_on_gpu` are of the part of the model that the host keeps.
+pub(super) fn place_apart(
     c: &mut Ctx,
     cpu: &Cpu,
-    graph: Graph,
-    n_forward: usize,
+    (graph, n_forward): (Graph, usize),
     grads: &[Tensor],
+    first_on_gpu: usize,
 ) -> Result<usize, GraphError> {
     let mut roots = c.carried_over(graph, n_forward);
     roots.extend(grads.iter().map(|&g| c.view_root(g)));
     roots.sort_unstable();
     roots.dedup();
     roots.retain(|&g| !c.has_memory(g));
-    Ok(cpu.place(c, &roots)?.size())
+    let host_bound = cpu.host_bound(c, &roots);
+    let of_host = |t: &&Tensor| c.made_before(**t, first_on_gpu) || host_bound.contains(t);
+    let (host, device): (Vec<_>, Vec<_>) = roots.iter().partition(of_host);
+    let mut bytes = cpu.place_on(Side::Device, c, &device)?.size();
+    if !host.is_empty() {
+        bytes += cpu.place_on(Side::Host, c, &host)?.size();
+    }
+    Ok(bytes)
 }
 
 /// Nodes that go through stacks of experts back: six for each tile.
@@ -168,6 +176,7 @@ impl Tape {
         let skipped: HashSet<usize> = tiled.values().flat_map(|a| a.inner()).copied().collect();
         let mut recomputed = Recomputed::default();
         let (mut block, mut begins) = (None, Vec::new());
+        let mut first_on_gpu = None;
         let (mut firsts, mut numbers) = (Vec::new(), None);
         let mut c = Ctx::new(room)?;
         let (t, r) = (n_tokens as i64, n_rows as i64);
@@ -211,6 +220,9 @@ impl Tape {
                 .max();
             if of_block.is_some() && of_block != block {
                 block = of_block;
+                if cpu.side_of(block) == Side::Device {
+                    first_on_gpu.get_or_insert(c.n_tensors());
+                }
                 begins.push(record.nodes.len());
             }
             let ne = e.ne.map(|n| n.at(t, r));
@@ -220,7 +232,13 @@ impl Tape {
                     Some(&w) => w,
                     None => {
                         let trains = matches!(trained, Trained::Factors(_));
-                        let w = if trains && template.adaptable.iter().any(|t| t.name == *name) {
+                        let adapted = || template.adaptable.iter().any(|t| t.name == *name);
+                        let copied = match cpu.side_of(block_of(name)) {
+                            // Rows are looked up where the table is: it stays on the host.
+                            Side::Device => !template.is_table(i),
+                            Side::Host => trains && adapted(),
+                        };
+                        let w = if copied {
                             transposed.plain(&mut c, parts.weights, cpu, name)?
                         } else {
                             parts.weights.leaf(&mut c, name)?
@@ -374,8 +392,10 @@ impl Tape {
             return Err(GraphError::Untraceable("its graph reads no tokens".into()));
         }
         cpu.place(&mut c, &inputs)?;
-        let apart = if template.entries.len() > DEEP {
-            place_apart(&mut c, cpu, full, n_forward, &grads)?
+        let on_gpu = cpu.gpu().is_some() && backward.is_some();
+        let apart = if on_gpu || template.entries.len() > DEEP {
+            let first_on_gpu = first_on_gpu.unwrap_or(usize::MAX);
+            place_apart(&mut c, cpu, (full, n_forward), &grads, first_on_gpu)?
         } else {
             0
         };
@@ -383,7 +403,8 @@ impl Tape {
             let values = vec![value; c.n_elements(x)];
             c.write(x, &values)?;
         }
-        let plan = cpu.plan(&c, full)?;
+        let passes: Vec<Graph> = [forward].into_iter().chain(backward).collect();
+        let plan = cpu.plan(&c, full, &passes)?;
         let mut tape = Self {
             ctx: c,
             forward,
@@ -502,7 +523,7 @@ impl Tape {
         for &(m, kind) in &self.masks {
             self.ctx.write(m, &batch.mask(kind))?;
         }
-        cpu.compute(&self.ctx, self.forward)?;
+        cpu.compute(&self.ctx, &self.plan, self.forward)?;
         out.resize(self.ctx.n_elements(self.output), 0.0);
         self.ctx.read(self.output, out)?;
         Ok(())
@@ -519,7 +540,7 @@ impl Tape {
             });
         };
         self.ctx.write(s, seed)?;
-        cpu.compute(&self.ctx, graph)?;
+        cpu.compute(&self.ctx, &self.plan, graph)?;
         Ok(())
     }
 
@@ -550,6 +571,19 @@ impl Tape {
             Ok(ranking.chunks_exact(row).map(of_token).collect())
         };
         self.chosen.iter().map(ids).collect()
+    }
+
+    /// What of both passes a GPU leaves to the CPU.
+    pub fn split(&self, cpu: &Cpu) -> Split {
+        let mut split = cpu.split(&self.ctx, self.forward);
+        if let Some(backward) = self.backward {
+            let more = cpu.split(&self.ctx, backward);
+            split.nodes += more.nodes;
+            for (op, n) in more.on_cpu {
+                *split.on_cpu.entry(op).or_default() += n;
+            }
+        }
+        split
     }
 
     /// Elements of gradient `i`.

@@ -4,6 +4,7 @@
 //! R: three recordings give the coefficients ([`super::recording`]), and the graph can then be
 //! built for any (T, R) without asking llama.cpp again.
 
+use super::weights::block_of;
 use crate::ggml::sys;
 use std::collections::BTreeSet;
 
@@ -172,6 +173,14 @@ impl Template {
         adapted.iter().zip(reached).map(|(a, r)| *a && r).collect()
     }
 
+    /// Whether rows of entry `i` are looked up by number, as token embeddings are.
+    pub fn is_table(&self, i: usize) -> bool {
+        self.entries.iter().any(|e| match &e.step {
+            Step::Op { op, src, .. } => *op == sys::GGML_OP_GET_ROWS && src[0] == i,
+            _ => false,
+        })
+    }
+
     /// What the adaptable weights are called within their blocks (`attn_q`), each once, sorted.
     pub fn adaptable_kinds(&self) -> Vec<String> {
         let kind = |name: &str| -> String {
@@ -233,9 +242,7 @@ impl Step {
     /// The block of the weight it is, if it is one of a block's.
     pub fn block(&self) -> Option<usize> {
         match self {
-            Self::Leaf(Leaf::Weight(name)) => {
-                name.strip_prefix("blk.")?.split_once('.')?.0.parse().ok()
-            }
+            Self::Leaf(Leaf::Weight(name)) => block_of(name),
             _ => None,
         }
     }

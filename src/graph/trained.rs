@@ -43,7 +43,7 @@ impl Factors {
         let (mut offsets, mut at) = (Vec::new(), 0usize);
         let mut place = |bytes: usize| {
             let here = at;
-            at += bytes.next_multiple_of(64);
+            at += cpu.stride(bytes);
             here
         };
         for f in &list {
@@ -134,7 +134,7 @@ impl FreeWeights {
             tensors.push(ctx.leaf(sys::GGML_TYPE_F32, ne, name)?);
             offsets.push(at);
             shapes.push(ne);
-            at += (info.n_elements() as usize * 4).next_multiple_of(64);
+            at += cpu.stride(info.n_elements() as usize * 4);
         }
         let buffer = cpu.alloc(at)?;
         for ((&t, &at), name) in tensors.iter().zip(&offsets).zip(&names) {

@@ -4,7 +4,7 @@
 use super::GraphError;
 use crate::digest::{Digest, of_model, of_tensor};
 use crate::error::Error;
-use crate::ggml::{Buffer, Cpu, Ctx, Tensor, dequantize, sys};
+use crate::ggml::{Buffer, Cpu, Ctx, Side, Tensor, dequantize, sys};
 use crate::gguf::{GgmlType, Gguf, GgufSet, MappedGguf, TensorInfo};
 use half::bf16;
 use rayon::prelude::*;
@@ -172,6 +172,11 @@ impl Weights {
     }
 }
 
+/// The block of a weight, by its name.
+pub fn block_of(name: &str) -> Option<usize> {
+    name.strip_prefix("blk.")?.split_once('.')?.0.parse().ok()
+}
+
 /// Transposed BF16 copies `[n_out, n_in]` of weights, made on first use and kept.
 ///
 /// `dX = Wᵀ·dY` is then one `mul_mat` at full speed, where ggml's own rule decodes all of
@@ -222,7 +227,7 @@ impl Transposed {
     }
 
     /// A leaf `[n_in, n_out]` for the forward pass: the mapped weight, or a BF16 copy of it if its
-    /// type is slow.
+    /// type is slow; on a GPU, a copy there.
     ///
     /// # Errors
     /// A weight that cannot be decoded, or no memory.
@@ -234,6 +239,12 @@ impl Transposed {
         name: &str,
     ) -> Result<Tensor, GraphError> {
         let info = weights.info(name)?;
+        if cpu.side_of(block_of(name)) == Side::Device {
+            let t = ctx.leaf(info.ty.id(), info.ne.map(|n| n as i64), name)?;
+            return keep(&mut self.plain, ctx, t, cpu, name, |ctx| {
+                Ok(ctx.write(t, weights.bytes(name)?)?)
+            });
+        }
         if !is_slow(info.ty) || self.f32 {
             return weights.leaf(ctx, name);
         }
@@ -310,8 +321,8 @@ fn keep(
         ctx.bind(t, buffer, 0)?;
         return Ok(t);
     }
-    let buffer = cpu.alloc(ctx.n_bytes(t))?;
-    ctx.bind(t, &buffer, 0)?;
+    let buffer = cpu.place_on(cpu.side_of(block_of(name)), ctx, &[t])?;
+    buffer.holds_weights();
     fill(ctx)?;
     kept.insert(name.to_owned(), buffer);
     Ok(t)

@@ -133,21 +133,21 @@ impl Hook for Watcher {
         if node.op() != sys::GGML_OP_MUL_MAT {
             return false;
         }
-        let (Some(name), Some(source)) = (node.src_name(0), node.src_id(1)) else {
+        let (Some(name), Some(source)) = (node.weight_name(0), node.src_id(1)) else {
             return false;
         };
         let watch = &mut *self.0.lock().expect("only this thread locks");
         if watch.discovering {
-            watch.discover(weight_name(&name), source);
+            watch.discover(&name, source);
             return false;
         }
-        watch.readers.contains_key(weight_name(&name))
+        watch.readers.contains_key(&name)
     }
 
     fn seen(&mut self, node: &NodeView<'_>) -> bool {
         let watch = &mut *self.0.lock().expect("only this thread locks");
-        let name = node.src_name(0);
-        let Some(&i) = name.and_then(|n| watch.readers.get(weight_name(&n))) else {
+        let name = node.weight_name(0);
+        let Some(&i) = name.and_then(|n| watch.readers.get(&n)) else {
             return true;
         };
         if watch.failed.is_none() {
@@ -160,13 +160,10 @@ impl Hook for Watcher {
     /// Nothing of interest follows the last input: the output head need not run.
     fn abort(&mut self) -> bool {
         let watch = self.0.lock().expect("only this thread locks");
-        watch.discovering || watch.left == 0 || watch.failed.is_some()
+        // While discovering, one token is decoded to its end: where the graph is split between
+        // devices, the callback is asked about a part only after those before it have run.
+        !watch.discovering && (watch.left == 0 || watch.failed.is_some())
     }
-}
-
-/// The scheduler names its copies of a weight on another device `DEVICE#weight#n`.
-fn weight_name(name: &str) -> &str {
-    name.split('#').nth(1).unwrap_or(name)
 }
 
 /// Tokens of one sample that are read and kept: the first is read only (BOS or whatever stands
@@ -499,14 +496,5 @@ mod tests {
         assert_eq!(share([10, 500, 30], 1000), [10, 500, 30]);
         assert_eq!(share([10, 500, 400], 410), [10, 200, 200]);
         assert_eq!(share([0, 0, 9], 5), [0, 0, 5]);
-    }
-
-    #[test]
-    fn device_copies_are_known_by_the_weights_name() {
-        assert_eq!(weight_name("blk.0.attn_q.weight"), "blk.0.attn_q.weight");
-        assert_eq!(
-            weight_name("CUDA0#blk.0.attn_q.weight#0"),
-            "blk.0.attn_q.weight"
-        );
     }
 }

@@ -45,6 +45,7 @@ use super::moments::{Captured, MomentsError, Part, Set, product};
 use crate::error::Error;
 use crate::ggml::{dequantize, quantize};
 use crate::gguf::GgmlType;
+use crate::graph::weights::block_of;
 use crate::rng::SplitMix64;
 use crate::subspace::{ThinQr, add_symmetric, eigen_descending, product as product_f64};
 use faer::{Mat, MatRef};
@@ -270,11 +271,6 @@ fn weights(
         side(&Set::KEPT)?,
         captured.combination(tensor, config.lambda, Part::Fit)?,
     ])
-}
-
-/// `blk.N.` at the start of a name.
-fn block_of(tensor: &str) -> Option<usize> {
-    tensor.strip_prefix("blk.")?.split('.').next()?.parse().ok()
 }
 
 fn one(

@@ -145,7 +145,7 @@ pub fn spectra(job: &Job<'_>, ui: &mut dyn Ui) -> Result<Vec<Spectrum>, Error> {
         "forget",
         &mut notices,
     )?;
-    let adaptable = crate::graph::trace::trace(&job.open.model, &job.open.weights)?.adaptable;
+    let adaptable = job.open.trace()?.adaptable;
     let solved = subspaces(
         job.open,
         &adaptable,

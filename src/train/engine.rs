@@ -5,12 +5,11 @@ use super::dropout::Dropout;
 use super::loss::{BatchLosses, Graded, RowObjective, Target};
 use crate::data::Sample;
 use crate::error::Error;
-use crate::ggml::Cpu;
+use crate::ggml::{Cpu, Split};
 use crate::graph::batch::{Packed, Sequence, pack};
 use crate::graph::head::Head;
 use crate::graph::tape::{End, Parts, Tape};
 use crate::graph::template::Template;
-use crate::graph::trace::trace;
 use crate::graph::trained::{Factor, Factors, Trained};
 use crate::graph::weights::Transposed;
 use crate::likelihood::SampleLoss;
@@ -91,8 +90,6 @@ pub struct Engine<'m> {
     pub open: &'m OpenModel,
     /// Its graph.
     pub template: Template,
-    /// The backend.
-    pub cpu: Cpu,
     window: Option<usize>,
     transposed: Transposed,
     head: Head,
@@ -101,6 +98,8 @@ pub struct Engine<'m> {
     hidden: Vec<f32>,
     seed: Vec<f32>,
     grad: Vec<f32>,
+    /// The backend: last, as the graphs above hold memory of it.
+    pub cpu: Cpu,
 }
 
 impl<'m> Engine<'m> {
@@ -110,8 +109,9 @@ impl<'m> Engine<'m> {
     /// # Errors
     /// A model that cannot be traced.
     pub fn new(open: &'m OpenModel, n_threads: usize, max_tokens: usize) -> Result<Self, Error> {
-        let template = trace(&open.model, &open.weights)?;
-        let cpu = Cpu::new(n_threads)?;
+        let template = open.trace()?;
+        let cpu = open.backend(n_threads)?;
+        let mut transposed = Transposed::default();
         let window = usize::try_from(open.model.n_swa()).ok().filter(|&w| w > 0);
         let head = Head::new(
             &Parts {
@@ -121,13 +121,14 @@ impl<'m> Engine<'m> {
                 recompute: None,
             },
             &cpu,
+            &mut transposed,
         )?;
         Ok(Self {
             open,
             template,
             cpu,
             window,
-            transposed: Transposed::default(),
+            transposed,
             head,
             tape: None,
             max_tokens,
@@ -141,6 +142,12 @@ impl<'m> Engine<'m> {
     pub fn exact(mut self) -> Self {
         self.transposed = Transposed::exact();
         self
+    }
+
+    /// What a GPU leaves to the CPU of the last graph, if there is a GPU and a graph.
+    pub fn split(&self) -> Option<Split> {
+        let (tape, _) = self.tape.as_ref()?;
+        self.cpu.gpu().map(|_| tape.split(&self.cpu))
     }
 
     /// Bytes of graph memory and transposed weights in use.

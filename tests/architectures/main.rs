@@ -8,6 +8,7 @@
 
 mod deep;
 mod experts;
+mod gpu;
 mod known;
 mod loops;
 mod model;

@@ -151,7 +151,7 @@ pub fn check_at(h: f32, tolerance: f64, build: impl Fn(&mut Bench) -> Tensor) {
     inputs.extend(ids.iter().map(|(t, _)| *t));
     inputs.push(seed);
     let _memory = cpu.place(&mut c, &inputs).expect("room");
-    let _plan = cpu.plan(&c, graph).expect("room");
+    let plan = cpu.plan(&c, graph, &[graph]).expect("room");
     for (t, values) in &constants {
         c.write(*t, values).expect("its length");
     }
@@ -169,7 +169,7 @@ pub fn check_at(h: f32, tolerance: f64, build: impl Fn(&mut Bench) -> Tensor) {
             };
             c.write(*t, &at).expect("its length");
         }
-        cpu.compute(c, graph).expect("computable");
+        cpu.compute(c, &plan, graph).expect("computable");
         let mut out = vec![0f32; seeds.len()];
         c.read(read, &mut out).expect("its length");
         let products = out

@@ -87,11 +87,11 @@ fn gradient(ty: u32, stack: &[u8]) -> Vec<f32> {
     let graph = c.graph(&grads).expect("a graph");
     c.set_output(grads[0]);
     let _memory = cpu.place(&mut c, &[experts, x, ids, seed]).expect("room");
-    let _plan = cpu.plan(&c, graph).expect("room");
+    let plan = cpu.plan(&c, graph, &[graph]).expect("room");
     c.write(experts, stack).expect("its length");
     c.write(ids, &IDS).expect("its length");
     c.write(seed, &normals(7 * 2 * 5, 9)).expect("its length");
-    cpu.compute(&c, graph).expect("computable");
+    cpu.compute(&c, &plan, graph).expect("computable");
     let mut g = vec![0f32; 256 * 5];
     c.read(grads[0], &mut g).expect("its length");
     g

@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use nepenthe::data::GENERAL_TEXT;
-use nepenthe::ggml::{Adapter, Batch, Context, ContextOptions, Cpu, sys};
+use nepenthe::ggml::{Adapter, Batch, Context, ContextOptions, Cpu, Offload, sys};
 use nepenthe::gguf::{GgmlType, GgufWriter, Metadata};
 use nepenthe::graph::batch::{Packed, Sequence};
 use nepenthe::graph::tape::{End, Parts, Tape};
@@ -193,6 +193,22 @@ impl Rig {
         }
         file.save(true).expect("room on the disk");
         Arc::new(Adapter::load(&self.open.model, &path).expect("an adapter"))
+    }
+
+    /// Compute this part on the GPU from now on.
+    pub fn compute_on_gpu(&mut self, offload: Offload) {
+        self.cpu = Cpu::new(1)
+            .and_then(|cpu| cpu.on_gpu(offload))
+            .expect("a GPU");
+        let list = self.factors.list.clone();
+        self.factors = Factors::new(&self.cpu, &self.template, list).expect("room");
+    }
+
+    /// The gradients of all factors, and the experts that were chosen on the way.
+    pub fn gradients_and_experts(&mut self) -> (Vec<Vec<f32>>, Vec<Vec<Vec<i32>>>) {
+        let mut tape = self.tape();
+        let gradients = self.gradients_by(&mut tape);
+        (gradients, tape.chosen_experts().expect("computed"))
     }
 
     /// The gradients of all factors.

@@ -16,8 +16,9 @@ pub use llama_cpp_sys_2 as llama;
 /// Plain data: a tensor's header. `ne` counts elements, `nb` strides bytes, index 0 is
 /// the fastest dimension.
 pub use llama_cpp_sys_2::{
-    ggml_backend_buffer_t, ggml_backend_t, ggml_cgraph, ggml_context, ggml_gallocr_t,
-    ggml_init_params, ggml_tensor, ggml_threadpool_params, ggml_threadpool_t, ggml_type,
+    ggml_backend_buffer_t, ggml_backend_buffer_type_t, ggml_backend_dev_t, ggml_backend_sched_t,
+    ggml_backend_t, ggml_cgraph, ggml_context, ggml_gallocr_t, ggml_init_params, ggml_tensor,
+    ggml_threadpool_params, ggml_threadpool_t, ggml_type,
 };
 
 /// Contexts hold tensor headers. With `no_alloc` the data lives in backend buffers.
@@ -51,6 +52,20 @@ pub use llama_cpp_sys_2::{
     ggml_gallocr_get_buffer_size, ggml_gallocr_new, ggml_gallocr_reserve, ggml_graph_add_node,
     ggml_graph_n_nodes, ggml_graph_node, ggml_graph_overhead_custom, ggml_new_graph_custom,
     ggml_threadpool_free, ggml_threadpool_new, ggml_threadpool_params_default,
+};
+
+/// GPUs. The scheduler gives each node to the first backend that takes it and copies between
+/// them; it ends the process when a tensor that already has memory lies where its op is not
+/// supported. Buffers of a device have addresses of their own: data goes through
+/// `ggml_backend_tensor_set` and `_get`.
+pub use llama_cpp_sys_2::{
+    GGML_BACKEND_BUFFER_USAGE_WEIGHTS, GGML_BACKEND_DEVICE_TYPE_GPU, GGML_BACKEND_DEVICE_TYPE_IGPU,
+    ggml_backend_buffer_is_host, ggml_backend_buffer_set_usage, ggml_backend_buft_get_alignment,
+    ggml_backend_buft_get_alloc_size, ggml_backend_dev_count, ggml_backend_dev_description,
+    ggml_backend_dev_get, ggml_backend_dev_init, ggml_backend_dev_name, ggml_backend_dev_type,
+    ggml_backend_sched_alloc_graph, ggml_backend_sched_free, ggml_backend_sched_get_buffer_size,
+    ggml_backend_sched_graph_compute, ggml_backend_sched_new, ggml_backend_sched_reserve,
+    ggml_backend_sched_set_tensor_backend, ggml_backend_supports_op,
 };
 
 /// Types, their blocks, and the reference encoders. `ggml_quantize_chunk` needs rows that
