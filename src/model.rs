@@ -42,6 +42,20 @@ impl OpenModel {
         Ok(Self { model, weights })
     }
 
+    /// Bytes of the file, or of all parts of a split one.
+    pub fn file_bytes(&self) -> u64 {
+        let parts = self.weights.set().parts();
+        parts.iter().map(crate::gguf::Gguf::file_len).sum()
+    }
+
+    /// Give the mapped pages of the file back to the system, ours and llama.cpp's: between stages
+    /// that read it through the one and through the other, they would count twice.
+    pub fn release(&self) {
+        for part in self.weights.set().parts() {
+            crate::ggml::release_file(part.path());
+        }
+    }
+
     /// The chat template in the file, if it has one.
     ///
     /// # Errors

@@ -11,7 +11,9 @@ mod eval_hook;
 mod experts;
 mod llama;
 mod log;
+mod pages;
 mod quant;
+mod turned;
 
 pub use backend::{Buffer, Cpu, Plan};
 pub use ctx::{Ctx, Graph, OpError, Tensor};
@@ -20,6 +22,7 @@ pub use llama::{
     Adapter, Batch, Context, ContextOptions, DecodeError, LlamaError, Model, ModelOptions, Token,
 };
 pub use log::{last_messages, set_verbose};
+pub use pages::release_file;
 pub use quant::{QuantError, can_encode, dequantize, quantize};
 
 /// ggml's numeric names of types, ops and flags.

@@ -7,7 +7,7 @@
 
 use super::GraphError;
 use super::forward::{Record, Wanted};
-use super::rules::{Weightless, vjp};
+use super::rules::{Tile, Weightless, vjp};
 use super::tape::Parts;
 use super::template::{Leaf, Step};
 use super::weights::Weights;
@@ -41,6 +41,10 @@ struct NoWeights;
 impl Weightless for NoWeights {
     fn transposed(&mut self, _: &mut Ctx, _: Tensor) -> Result<Option<Tensor>, GraphError> {
         Ok(None)
+    }
+
+    fn tile(&self, _: Tensor) -> Option<Tile> {
+        None
     }
 }
 

@@ -6,7 +6,7 @@ use super::attention::{Numbers, attentions, masks_only};
 use super::batch::{MaskKind, Packed};
 use super::forward::{Record, Wanted};
 use super::reverse::{Recomputed, gradients};
-use super::rules::{TILE, Weightless, tile_rows};
+use super::rules::{Tile, Weightless};
 use super::template::{Leaf, Step, Template};
 use super::trained::Trained;
 use super::weights::{Transposed, Weights};
@@ -81,21 +81,12 @@ impl Weightless for Env<'_> {
         let Some(name) = self.frozen.get(&w) else {
             return Ok(None);
         };
-        self.transposed
-            .leaf(c, self.weights, self.cpu, name)
-            .map(Some)
+        self.transposed.leaf(c, self.weights, self.cpu, name)
     }
 
-    fn transposed_experts(&mut self, c: &mut Ctx, w: Tensor) -> Result<Option<Tensor>, GraphError> {
-        let Some(name) = self.frozen.get(&w) else {
-            return Ok(None);
-        };
-        if !self.transposed.has_room(self.weights, name)? {
-            return Ok(None);
-        }
-        self.transposed
-            .leaf(c, self.weights, self.cpu, name)
-            .map(Some)
+    fn tile(&self, w: Tensor) -> Option<Tile> {
+        let frozen = self.frozen.contains_key(&w);
+        frozen.then(|| self.transposed.tile())
     }
 }
 
@@ -121,12 +112,16 @@ fn place_apart(
     Ok(cpu.place(c, &roots)?.size())
 }
 
-/// Nodes that go through stacks of experts back: six for each tile.
-fn n_tile_nodes(parts: &Parts<'_>) -> Result<usize, GraphError> {
+/// Nodes of the tiles that weights may be decoded in on the way back: three for each.
+fn n_tile_nodes(parts: &Parts<'_>, tile: Tile) -> Result<usize, GraphError> {
     let mut n = 0;
-    for stack in parts.template.experts() {
-        let ne = parts.weights.info(&stack.name)?.ne.map(|n| n as i64);
-        n += 7 * (ne[1] / tile_rows(ne, TILE) + 1) as usize;
+    for e in &parts.template.entries {
+        if let Step::Leaf(Leaf::Weight(name)) = &e.step {
+            let info = parts.weights.info(name)?;
+            let ne = info.ne.map(|n| n as i64);
+            let block = i64::try_from(info.ty.block_len()).unwrap_or(1);
+            n += 3 * tile.count(ne, block);
+        }
     }
     Ok(n)
 }
@@ -155,7 +150,10 @@ impl Tape {
             Trained::Factors(f) => f.list.len(),
             _ => 0,
         };
-        let room = 24 * template.entries.len() + 64 * n_factors + n_tile_nodes(parts)? + 1024;
+        let room = 24 * template.entries.len()
+            + 64 * n_factors
+            + n_tile_nodes(parts, transposed.tile())?
+            + 1024;
         let tiled = match parts.recompute {
             Some(n) if n < n_tokens => attentions(template),
             _ => HashMap::new(),
@@ -358,8 +356,17 @@ impl Tape {
             }
             let forward = (&record, &recomputed);
             grads = gradients(&mut c, forward, output, s, &params, &mut env)?;
-            for &g in &grads {
-                c.set_output(g);
+            if let Trained::Factors(f) = trained
+                && f.sums()
+            {
+                for (i, g) in grads.iter_mut().enumerate() {
+                    let sum = f.grad_leaf(&mut c, i)?;
+                    *g = c.add_into(sum, *g)?;
+                }
+            } else {
+                for &g in &grads {
+                    c.set_output(g);
+                }
             }
             c.extend_graph(full, &grads);
         }
@@ -373,7 +380,7 @@ impl Tape {
         if tokens.is_empty() {
             return Err(GraphError::Untraceable("its graph reads no tokens".into()));
         }
-        cpu.place(&mut c, &inputs)?;
+        let inputs = cpu.place(&mut c, &inputs)?.size();
         let apart = if template.entries.len() > DEEP {
             place_apart(&mut c, cpu, full, n_forward, &grads)?
         } else {
@@ -400,7 +407,7 @@ impl Tape {
             output,
             seed,
             grads,
-            apart,
+            apart: apart + inputs,
             chosen,
             shape: (n_tokens, n_rows),
         };

@@ -6,11 +6,12 @@ use nepenthe::data::GENERAL_TEXT;
 use nepenthe::ggml::{Adapter, Batch, Context, ContextOptions, Cpu, sys};
 use nepenthe::gguf::{GgmlType, GgufWriter, Metadata};
 use nepenthe::graph::batch::{Packed, Sequence};
+use nepenthe::graph::copies::{Copies, wanted};
 use nepenthe::graph::tape::{End, Parts, Tape};
 use nepenthe::graph::template::{Step, Template};
 use nepenthe::graph::trace::trace;
 use nepenthe::graph::trained::{Factor, Factors, Trained};
-use nepenthe::graph::weights::{EXPERT_COPIES, Transposed};
+use nepenthe::graph::weights::Transposed;
 use nepenthe::model::OpenModel;
 use nepenthe::rng::SplitMix64;
 use nepenthe::train::loss::{RowObjective, Target, grade};
@@ -36,8 +37,10 @@ pub struct Rig {
     values: Vec<(Vec<f32>, Vec<f32>)>,
     batch: Packed,
     targets: Vec<Target>,
-    /// Bytes that transposed copies of experts may take.
-    pub expert_copies: usize,
+    /// The copies of weights there may be, if not all.
+    pub copies: Option<Copies>,
+    /// Weights on the way back as they are, instead of in BF16.
+    pub exact: bool,
     /// As in [`Parts`].
     pub recompute: Option<usize>,
 }
@@ -89,7 +92,8 @@ impl Rig {
             values,
             batch,
             targets,
-            expert_copies: EXPERT_COPIES,
+            copies: None,
+            exact: true,
             recompute: None,
         }
     }
@@ -121,7 +125,13 @@ impl Rig {
             recompute: self.recompute,
         };
         // Exact transposed weights: bf16 ones have an error of their own, 2.4e-3.
-        let mut transposed = Transposed::exact().expert_copies(self.expert_copies);
+        let mut transposed = match self.exact {
+            true => Transposed::exact(),
+            false => Transposed::default(),
+        };
+        if let Some(copies) = &self.copies {
+            transposed = transposed.only(copies.clone());
+        }
         let trained = match adapted {
             true => Trained::Factors(&self.factors),
             false => Trained::Nothing,
@@ -253,6 +263,31 @@ pub fn gradients_do_not_depend_on_what_is_kept(rig: &mut Rig) {
         let all = norm(&mut b.iter().copied());
         assert!(off <= 1e-8 * all, "gradient {i}: {off} of {all}");
     }
+}
+
+/// Whichever weights have copies, gradients are the same to the bit; in BF16 they are within its error
+/// of the exact ones.
+pub fn gradients_do_not_depend_on_copies(rig: &mut Rig) {
+    let wanted = wanted(&rig.template, &rig.open.weights).expect("its own weights");
+    let all: u64 = wanted.iter().map(|w| w.bytes).sum();
+    let exact = rig.gradients();
+    rig.exact = false;
+    let copied = rig.gradients();
+    for room in [0, all / 2] {
+        let copies = Copies::within(&wanted, room);
+        assert!(copies.len() < wanted.len());
+        rig.copies = Some(copies);
+        // A plain copy of a type that is slow changes its products on the way forward.
+        let slow = wanted.iter().any(|w| !w.transposed);
+        assert!(slow || rig.gradients() == copied, "copies of {room} bytes");
+    }
+    for (i, (a, b)) in copied.iter().zip(&exact).enumerate() {
+        let norm = |g: &mut dyn Iterator<Item = f32>| g.map(|v| f64::from(v).powi(2)).sum::<f64>();
+        let off = norm(&mut a.iter().zip(b).map(|(a, b)| a - b));
+        let all = norm(&mut b.iter().copied());
+        assert!(off <= 1e-4 * all, "gradient {i}: {off} of {all}");
+    }
+    (rig.copies, rig.exact) = (None, true);
 }
 
 /// The derivative along a random direction of the factors of each tensor kind alone, so that an
