@@ -91,6 +91,7 @@ fn ours(model: &Path, data: &Path, n_threads: usize) -> Fallible<()> {
         None,
         &subspace_config(&config),
         n_threads,
+        None,
         &mut |_, _| {},
     )?;
     let pairs = start(&open, &adaptable, found, &config)?;

@@ -14,6 +14,7 @@ use crate::model::OpenModel;
 use crate::train::adapters::Pairs;
 use crate::train::config::{Constraint, TrainConfig};
 use crate::train::engine::Engine;
+use crate::train::memory::{Budget, Plan, Shape};
 use crate::train::trainer::{StepBatch, Trainer};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -102,7 +103,7 @@ pub struct OnGpu {
 ///
 /// # Errors
 /// A model that cannot be traced or computed.
-pub fn check(open: &OpenModel, n_threads: usize) -> Result<Checked, Error> {
+pub fn check(open: &OpenModel, n_threads: usize, memory: Option<Budget>) -> Result<Checked, Error> {
     let began = Instant::now();
     let template = open.trace()?;
     let trace_ms = began.elapsed().as_secs_f64() * 1e3;
@@ -115,14 +116,15 @@ pub fn check(open: &OpenModel, n_threads: usize) -> Result<Checked, Error> {
     let missing_rule = first_without_rule(&template);
     let step = match missing_rule {
         Some(_) => None,
-        None => Some(measure_step(open, tokens.clone(), n_threads)?),
+        None => Some(measure_step(open, tokens.clone(), n_threads, memory)?),
     };
+    let (step, plan) = step.unzip();
     Ok(Checked {
         arch: open.weights.arch()?.to_owned(),
         adaptable: template.adaptable.len(),
         tensors: template.adaptable.iter().map(|t| t.name.clone()).collect(),
         kinds: template.adaptable_kinds(),
-        experts: experts(open, &template)?,
+        experts: experts(open, &template, plan.flatten().as_ref())?,
         missing_rule,
         max_abs_diff,
         max_rel_diff: max_abs_diff / largest.max(f64::MIN_POSITIVE),
@@ -134,14 +136,16 @@ pub fn check(open: &OpenModel, n_threads: usize) -> Result<Checked, Error> {
 }
 
 /// The experts of the graph, if it has any.
-fn experts(open: &OpenModel, template: &Template) -> Result<Option<Experts>, Error> {
+fn experts(
+    open: &OpenModel,
+    template: &Template,
+    plan: Option<&Plan>,
+) -> Result<Option<Experts>, Error> {
     let stacks = template.experts();
-    let (mut bytes, mut copies) = (0, Transposed::default());
-    let mut decoded = 0;
-    // The way back meets the last ones first.
-    for stack in stacks.iter().rev() {
+    let (mut bytes, mut decoded) = (0, 0);
+    for stack in &stacks {
         bytes += open.weights.bytes(&stack.name)?.len();
-        decoded += usize::from(!copies.has_room(&open.weights, &stack.name)?);
+        decoded += usize::from(plan.is_some_and(|p| !p.copies.has(&stack.name, true)));
     }
     let most = |of: fn(&template::Experts) -> usize| stacks.iter().map(of).max();
     Ok(most(|s| s.count)
@@ -248,11 +252,23 @@ fn on_gpu(engine: &Engine<'_>) -> Option<OnGpu> {
     })
 }
 
-fn measure_step(open: &OpenModel, tokens: Vec<Token>, n_threads: usize) -> Result<Step, Error> {
+fn measure_step(
+    open: &OpenModel,
+    tokens: Vec<Token>,
+    n_threads: usize,
+    memory: Option<Budget>,
+) -> Result<(Step, Option<Plan>), Error> {
     let n = tokens.len();
-    let engine = Engine::new(open, n_threads, N_STEP)?;
+    let mut engine = Engine::new(open, n_threads, N_STEP)?;
+    let shape = Shape {
+        rank: RANK,
+        frozen: false,
+        basis: 0,
+        snapshots: 0,
+        beneath: 0,
+    };
+    let plan = engine.plan(memory, &shape, &[n])?;
     let pairs = Pairs::lora(&engine.template.adaptable, RANK, 1.0, 0, Vec::new());
-    let n_params: usize = pairs.lengths().iter().sum();
     let mut trainer = Trainer::new(engine, pairs)?;
     let sample = Sample {
         tokens,
@@ -277,11 +293,12 @@ fn measure_step(open: &OpenModel, tokens: Vec<Token>, n_threads: usize) -> Resul
     let began = Instant::now();
     trainer.losses(&[&sample])?;
     let forward_seconds = began.elapsed().as_secs_f64();
-    Ok(Step {
+    let step = Step {
         tokens: n,
         seconds,
         forward_seconds,
         gpu,
-        memory_bytes: trainer.engine.bytes() + 4 * 5 * n_params,
-    })
+        memory_bytes: trainer.engine.bytes() + trainer.bytes(),
+    };
+    Ok((step, plan))
 }

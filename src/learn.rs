@@ -2,7 +2,7 @@
 
 use crate::adapter::open_adapters;
 use crate::atomic::AtomicError;
-use crate::data::{Record, Template, salted_hash, samples};
+use crate::data::{Record, Sample, Template, salted_hash, samples};
 use crate::digest::{Digest, of_model};
 use crate::error::Error;
 use crate::model::OpenModel;
@@ -14,6 +14,7 @@ use crate::train::config::TrainConfig;
 use crate::train::engine::Engine;
 use crate::train::fit::Ended;
 use crate::train::learn::{LearnState, learn as fit};
+use crate::train::memory::{Budget, Shape};
 use crate::train::net::net_updates;
 use crate::train::trainer::Trainer;
 use crate::unlearn::{Measured, Ui};
@@ -36,6 +37,8 @@ pub struct Job<'a> {
     pub until_prob: Option<f64>,
     /// ggml threads.
     pub n_threads: usize,
+    /// What the run may take beside the mapped model; none: what the machine has free.
+    pub memory: Option<Budget>,
     /// The adapter to write.
     pub out: PathBuf,
     /// Replace it if it exists.
@@ -83,7 +86,7 @@ pub fn learn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
     for notice in &notices {
         ui.notice(notice);
     }
-    let engine = Engine::new(open, job.n_threads, config.micro_tokens)?;
+    let mut engine = Engine::new(open, job.n_threads, config.micro_tokens)?;
     let adaptable = engine.template.adaptable.clone();
     let identity = Identity {
         base: of_model(open.weights.set())?,
@@ -93,27 +96,32 @@ pub fn learn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
     let (mut trainer, mut state) = if job.resume {
         let checkpoint: Checkpoint<LearnState> =
             Checkpoint::open(&job.checkpoint, &identity, &adaptable)?;
+        let mut state = checkpoint.state;
+        let memory = job.memory.or(state.memory);
+        state.memory = plan(&mut engine, memory, &job, &data)?;
         let mut trainer = Trainer::new(engine, checkpoint.pairs)?;
         trainer.moments = checkpoint.moments;
         trainer.step = checkpoint.step;
-        (trainer, checkpoint.state)
+        (trainer, state)
     } else {
+        let memory = plan(&mut engine, job.memory, &job, &data)?;
         let scale = config.alpha / job.rank as f32;
         let pairs = Pairs::lora(&adaptable, job.rank, scale, config.seed, Vec::new());
         let steps = config.fixed_steps(data.len()).unwrap_or(1);
-        (
-            Trainer::new(engine, pairs)?,
-            LearnState::new(config, steps, job.until_prob, data.len()),
-        )
+        let mut state = LearnState::new(config, steps, job.until_prob, data.len());
+        state.memory = memory;
+        (Trainer::new(engine, pairs)?, state)
     };
     let before = measure(&job, &Vec::new(), ui, "before")?;
+    open.release();
     let ended = fit(&mut trainer, config, &mut state, &data, ui)?;
     if ended == Ended::Interrupted {
+        let (pairs, moments, step) = trainer.into_parts()?;
         let checkpoint = Checkpoint {
             identity,
-            pairs: trainer.pairs,
-            moments: trainer.moments,
-            step: trainer.step,
+            pairs,
+            moments,
+            step,
             state,
             before: None,
         };
@@ -131,22 +139,14 @@ pub fn learn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
     );
     info.training =
         serde_json::json!({ "steps": trainer.step, "ended": ended, "samples": data.len() });
-    let updates = trainer.pairs.list.iter().map(|p| Update {
-        tensor: p.tensor.name.clone(),
-        n_in: p.tensor.n_in,
-        n_out: p.tensor.n_out,
-        rank: p.rank,
-        scale: trainer.pairs.scale,
-        lora_a: p.a.clone(),
-        lora_b: p.b.clone(),
-    });
-    let updates = updates.collect();
-    for net in net_updates(open, &trainer.pairs, config.constraint)? {
+    let (pairs, _, steps) = trainer.into_parts()?;
+    let mut updates = Vec::with_capacity(pairs.list.len());
+    for net in net_updates(open, pairs, config.constraint)? {
         info.tensors.push(net.info(open)?);
+        updates.push(Update::of(&net.tensor, &net.net));
     }
     let patch = Patch::new(open.weights.arch()?, info, updates);
-    let steps = trainer.step;
-    drop(trainer);
+    open.release();
     let adapter_bytes = patch.save(&job.out, job.force)?;
     let adapters = open_adapters(open, [(job.out.as_path(), 1.0)])?;
     let after = measure(&job, &adapters, ui, "after")?;
@@ -157,6 +157,31 @@ pub fn learn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
         after,
         adapter_bytes,
     })
+}
+
+/// Plan memory for a run on `data`, and keep to it; what it was planned for.
+fn plan(
+    engine: &mut Engine<'_>,
+    memory: Option<Budget>,
+    job: &Job<'_>,
+    data: &[Sample],
+) -> Result<Option<Budget>, Error> {
+    let shape = Shape {
+        rank: job.rank,
+        frozen: false,
+        basis: 0,
+        snapshots: 0,
+        beneath: 0,
+    };
+    let n = job.config.step_samples().min(data.len());
+    let plan = engine.plan(memory, &shape, &longest(data, n))?;
+    Ok(plan.map(|p| p.budget))
+}
+
+/// Token counts of `n` samples, each as long as the longest.
+pub(crate) fn longest(data: &[Sample], n: usize) -> Vec<usize> {
+    let longest = data.iter().map(|s| s.tokens.len()).max();
+    vec![longest.unwrap_or(1); n]
 }
 
 fn measure(

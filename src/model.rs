@@ -3,7 +3,7 @@
 use crate::data::{Template, Tokenize, TokenizeError};
 use crate::error::Error;
 #[cfg(feature = "train")]
-use crate::ggml::{Cpu, Offload};
+use crate::ggml::{Backend, Offload};
 use crate::ggml::{Model, ModelOptions};
 #[cfg(feature = "train")]
 use crate::graph::trace::trace;
@@ -58,8 +58,8 @@ impl OpenModel {
     /// # Errors
     /// When it does not start.
     #[cfg(feature = "train")]
-    pub fn backend(&self, n_threads: usize) -> Result<Cpu, Error> {
-        let cpu = Cpu::new(n_threads)?;
+    pub fn backend(&self, n_threads: usize) -> Result<Backend, Error> {
+        let cpu = Backend::new(n_threads)?;
         Ok(match self.n_gpu_layers {
             0 => cpu,
             n => cpu.on_gpu(Offload::layers(n, self.n_blocks()?))?,
@@ -90,6 +90,20 @@ impl OpenModel {
             trace(&Model::load(self.model.path(), options)?, &self.weights)
         };
         Ok(traced?)
+    }
+
+    /// Bytes of the file, or of all parts of a split one.
+    pub fn file_bytes(&self) -> u64 {
+        let parts = self.weights.set().parts();
+        parts.iter().map(crate::gguf::Gguf::file_len).sum()
+    }
+
+    /// Give the mapped pages of the file back to the system, ours and llama.cpp's: between stages
+    /// that read it through the one and through the other, they would count twice.
+    pub fn release(&self) {
+        for part in self.weights.set().parts() {
+            crate::ggml::release_file(part.path());
+        }
     }
 
     /// The chat template in the file, if it has one.

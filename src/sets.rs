@@ -42,6 +42,18 @@ impl Sets {
         Digest(salted_hash(&self.retain_records, &salt))
     }
 
+    /// Token counts of the longest samples, as many as one step computes at a time.
+    pub(crate) fn step_lengths(&self, train: &TrainConfig) -> Vec<usize> {
+        let longest = |set: &[Sample]| set.iter().map(|s| s.tokens.len()).max().unwrap_or(0);
+        let n = |set: &[Sample]| train.step_samples().min(set.len());
+        let both = longest(&self.forget) + longest(&self.preferred);
+        let mut lengths = vec![both; n(&self.forget)];
+        if train.objective.has_retain() {
+            lengths.extend(vec![longest(&self.retain); n(&self.retain)]);
+        }
+        lengths
+    }
+
     /// The sets as second moments are taken of them.
     pub(crate) fn moment_sources<'a>(&'a self, general: &'a [Sample]) -> Sources<'a> {
         Sources {

@@ -13,10 +13,12 @@ use crate::train::config::{Constraint, Init, UnlearnConfig};
 pub const CAPTURE_SAMPLES: usize = 256;
 
 /// Bases of every adaptable tensor, from one forward pass over each set (one in all with
-/// `shared`, retain bases computed before).
+/// `shared`, retain bases computed before). With `room`, tensors are taken in groups whose outputs
+/// take no more bytes, each with passes of its own; the bases are the same.
 ///
 /// # Errors
 /// When llama.cpp fails, or shared bases do not fit the model.
+#[allow(clippy::too_many_arguments, reason = "the inputs of a stage")]
 pub fn subspaces(
     open: &OpenModel,
     adaptable: &[Adaptable],
@@ -24,38 +26,81 @@ pub fn subspaces(
     shared: Option<Vec<RetainBasis>>,
     config: &SubspaceConfig,
     n_threads: usize,
+    room: Option<u64>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<Subspace>, Error> {
     let forget = &forget[..forget.len().min(CAPTURE_SAMPLES)];
     let retain = &retain[..retain.len().min(CAPTURE_SAMPLES)];
-    let n_retain = if shared.is_some() { 0 } else { retain.len() };
-    let total = forget.len() + n_retain;
-    let h_f = pooled_outputs(&open.model, adaptable, forget, n_threads, &mut |n| {
-        progress(n, total)
-    })?;
-    let n_f = forget.len();
-    let h_r = match &shared {
-        Some(_) => Vec::new(),
-        None => pooled_outputs(&open.model, adaptable, retain, n_threads, &mut |n| {
-            progress(n_f + n, total)
-        })?,
-    };
-    let retain: Vec<Retain<'_>> = match &shared {
-        Some(bases) => bases.iter().map(Retain::Shared).collect(),
-        None => h_r.iter().map(|r| Retain::Pooled(&r.h)).collect(),
-    };
-    let pooled: Vec<Pooled<'_>> = h_f
-        .iter()
-        .zip(retain)
-        .map(|(f, retain)| Pooled {
-            tensor: &f.tensor.name,
-            n_out: f.tensor.n_out,
-            forget: &f.h,
-            retain,
-        })
-        .collect();
-    Ok(solve_all(config, &pooled)?)
+    let retain = if shared.is_some() { &[] } else { retain };
+    let n_samples = forget.len() + retain.len();
+    let groups = groups(adaptable, n_samples, config, room);
+    let total = groups.len() * n_samples;
+    let mut bases = shared.map(Vec::into_iter);
+    let (mut done, mut found) = (0, Vec::with_capacity(adaptable.len()));
+    for group in groups {
+        let mut pooled = |samples: &[Sample]| {
+            let seen = &mut |n| progress(done + n, total);
+            let outputs = pooled_outputs(&open.model, group, samples, n_threads, seen);
+            done += samples.len();
+            outputs
+        };
+        let h_f = pooled(forget)?;
+        let shared: Option<Vec<RetainBasis>> =
+            bases.as_mut().map(|b| b.take(group.len()).collect());
+        let h_r = match shared {
+            Some(_) => Vec::new(),
+            None => pooled(retain)?,
+        };
+        let retain: Vec<Retain<'_>> = match &shared {
+            Some(bases) => bases.iter().map(Retain::Shared).collect(),
+            None => h_r.iter().map(|r| Retain::Pooled(&r.h)).collect(),
+        };
+        let pooled: Vec<Pooled<'_>> = h_f
+            .iter()
+            .zip(retain)
+            .map(|(f, retain)| Pooled {
+                tensor: &f.tensor.name,
+                n_out: f.tensor.n_out,
+                forget: &f.h,
+                retain,
+            })
+            .collect();
+        let solved = solve_all(config, &pooled)?.into_iter();
+        found.extend(solved.map(|mut s| {
+            // Training needs P alone of the retain set.
+            s.retain.factor = Vec::new();
+            s
+        }));
+    }
+    Ok(found)
 }
+
+/// Neighbouring tensors whose outputs over `n_samples` are held at a time, so that they, the solver's
+/// own copies of them (in f64) and all bases take `room` bytes; at least one tensor.
+fn groups<'a>(
+    adaptable: &'a [Adaptable],
+    n_samples: usize,
+    config: &SubspaceConfig,
+    room: Option<u64>,
+) -> Vec<&'a [Adaptable]> {
+    let n_out = |tensors: &[Adaptable]| tensors.iter().map(|t| t.n_out).sum::<usize>() as u64;
+    let basis = config.retain_rank.min(n_samples) + config.rank;
+    let kept = 4 * basis as u64 * n_out(adaptable);
+    let room = room.map_or(u64::MAX, |room| room.saturating_sub(kept));
+    let held = |tensors: &[Adaptable]| HELD * n_samples as u64 * n_out(tensors);
+    let (mut groups, mut first) = (Vec::new(), 0);
+    for i in 1..=adaptable.len() {
+        if i == adaptable.len() || held(&adaptable[first..=i]) > room {
+            groups.push(&adaptable[first..i]);
+            first = i;
+        }
+    }
+    groups
+}
+
+/// Bytes held for an output of a sample: in f32 as pooled, in f64 in the compact factor of the
+/// retain covariance and in the solver.
+const HELD: u64 = 4 + 8 + 8;
 
 /// Low-rank pairs as the configuration starts them.
 ///
@@ -100,4 +145,35 @@ pub(crate) fn lowered(subspaces: &[Subspace]) -> Option<String> {
         1 => first.clone(),
         n => format!("{first} (and {} more bases, for the same reason)", n - 1),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_are_all_tensors_in_order_and_keep_to_their_room() {
+        let tensor = |n_out: usize| Adaptable {
+            name: n_out.to_string(),
+            n_in: 1,
+            n_out,
+            n_uses: 1,
+        };
+        let all: Vec<Adaptable> = [5, 30, 7, 7, 7, 200, 1].map(tensor).to_vec();
+        let config = SubspaceConfig {
+            rank: 1,
+            retain_rank: 1,
+            ..SubspaceConfig::default()
+        };
+        assert_eq!(groups(&all, 10, &config, None), [&all[..]]);
+        let kept = 4 * 2 * 257;
+        for room in [0, 1000, 7000, 30_000, 60_000] {
+            let found = groups(&all, 10, &config, Some(kept + room));
+            assert_eq!(found.concat(), all, "{room}");
+            for group in found {
+                let held: usize = group.iter().map(|t| 200 * t.n_out).sum();
+                assert!(group.len() == 1 || held as u64 <= room, "{room}: {held}");
+            }
+        }
+    }
 }

@@ -16,12 +16,13 @@ use crate::progress;
 use crate::proof::choose;
 use crate::score::evaluate;
 use crate::sets::{Sets, general_samples};
-use crate::start::{lowered, start, subspace_config, subspaces};
+use crate::start::{CAPTURE_SAMPLES, lowered, start, subspace_config, subspaces};
 use crate::subspace::RetainBasis;
 use crate::train::checkpoint::{Checkpoint, Identity};
 use crate::train::config::{Constraint, Init, UnlearnConfig};
 use crate::train::engine::Engine;
 use crate::train::fit::{Ended, FitState, Watch, fit};
+use crate::train::memory::{Budget, Plan, Shape};
 use crate::train::net::{NetReport, net_updates};
 use crate::train::trainer::Trainer;
 use crate::unseen::{UnseenLevel, until};
@@ -53,6 +54,8 @@ pub struct Job<'a> {
     pub config: UnlearnConfig,
     /// ggml threads.
     pub n_threads: usize,
+    /// What the run may take beside the mapped model; none: what the machine has free.
+    pub memory: Option<Budget>,
     /// The patch to write.
     pub out: PathBuf,
     /// Replace it if it exists.
@@ -133,6 +136,9 @@ pub struct Report {
 struct RunState {
     fit: FitState,
     level: Option<UnseenLevel>,
+    /// What memory was planned for: another plan might round otherwise.
+    #[serde(default)]
+    memory: Option<Budget>,
 }
 
 /// Forget: from a model and texts to a patch on disk.
@@ -145,7 +151,9 @@ pub fn unlearn(mut job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
     job.check()?;
     let sets = job.sets(ui)?;
     let (mut trainer, identity, mut state) = begin(&mut job, &sets, ui)?;
+    trainer.engine.reset();
     let before = measure_both(&job, &sets, &Vec::new(), "before", ui)?;
+    job.open.release();
     if let Some(level) = &state.level {
         let from = level.source.text();
         ui.notice(&format!(
@@ -171,15 +179,15 @@ pub fn unlearn(mut job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
             trainer.step
         ));
     }
-    let nets = net_updates(job.open, &trainer.pairs, config.train.constraint)?;
-    let steps = trainer.step;
-    drop(trainer);
+    let (pairs, _, steps) = trainer.into_parts()?;
+    let nets = net_updates(job.open, pairs, config.train.constraint)?;
     let mut info = provenance(&job, &sets, identity)?;
     info.training = serde_json::json!({
         "steps": steps, "ended": ended, "level": state.level, "checks": state.fit.checks,
         "general_retain": sets.general,
     });
     let mut patch = patch_of(job.open, info, &nets)?;
+    job.open.release();
     let adapters = vec![(load_patch(&job.open.model, &patch)?, 1.0)];
     let after = measure_both(&job, &sets, &adapters, "after", ui)?;
     let canaries = choose(&job.open.model, &adapters, job.n_threads)?;
@@ -253,7 +261,7 @@ fn begin<'m>(
     ui: &mut dyn Ui,
 ) -> Result<(Trainer<'m>, Identity, RunState), Error> {
     let (open, config) = (job.open, &job.config);
-    let engine = Engine::new(open, job.n_threads, config.train.micro_tokens)?;
+    let mut engine = Engine::new(open, job.n_threads, config.train.micro_tokens)?;
     let adaptable = engine.template.adaptable.clone();
     let identity = Identity {
         base: of_model(open.weights.set())?,
@@ -263,13 +271,17 @@ fn begin<'m>(
     if job.resume {
         let checkpoint: Checkpoint<RunState> =
             Checkpoint::open(&job.checkpoint, &identity, &adaptable)?;
+        let mut state = checkpoint.state;
+        let memory = job.memory.or(state.memory);
+        let plan = plan(&mut engine, memory, sets, config, job.shared.as_deref())?;
+        state.memory = plan.map(|p| p.budget);
         let mut trainer = Trainer::new(engine, checkpoint.pairs)?;
         trainer.moments = checkpoint.moments;
         trainer.step = checkpoint.step;
-        let mut state = checkpoint.state;
         state.fit.before = checkpoint.before;
         return Ok((trainer, identity, state));
     }
+    let plan = plan(&mut engine, job.memory, sets, config, job.shared.as_deref())?;
     let subspaces = subspaces(
         open,
         &adaptable,
@@ -277,8 +289,10 @@ fn begin<'m>(
         job.shared.take(),
         &subspace_config(config),
         job.n_threads,
+        plan.as_ref().map(|p| p.before),
         &mut |done, total| ui.progress("capturing outputs", done, total),
     )?;
+    open.release();
     if let Some(notice) = lowered(&subspaces) {
         ui.notice(&notice);
     }
@@ -292,7 +306,35 @@ fn begin<'m>(
     if config.train.objective.has_reference() {
         fit.reference = sets.fit_data().references(&mut trainer)?;
     }
-    Ok((trainer, identity, RunState { fit, level }))
+    let memory = plan.map(|p| p.budget);
+    Ok((trainer, identity, RunState { fit, level, memory }))
+}
+
+/// Plan memory for a run on `sets`, and keep to it.
+///
+/// # Errors
+/// Less memory than it takes.
+pub(crate) fn plan(
+    engine: &mut Engine<'_>,
+    memory: Option<Budget>,
+    sets: &Sets,
+    config: &UnlearnConfig,
+    shared: Option<&[RetainBasis]>,
+) -> Result<Option<Plan>, Error> {
+    let largest = |bases: &[RetainBasis]| bases.iter().map(|b| b.rank).max().unwrap_or(0);
+    let captured = sets.retain.len().min(CAPTURE_SAMPLES);
+    let shape = Shape {
+        rank: config.subspace.rank,
+        frozen: config.train.init == Init::Rila,
+        basis: shared.map_or(config.subspace.retain_rank.min(captured), largest),
+        // What a check may go back to, and where it came from.
+        snapshots: match config.train.fixed_steps(sets.forget.len()) {
+            Some(_) => 0,
+            None => 2,
+        },
+        beneath: 0,
+    };
+    engine.plan(memory, &shape, &sets.step_lengths(&config.train))
 }
 
 /// Put an interrupted run on disk, and say so.
@@ -302,11 +344,12 @@ fn keep(
     trainer: Trainer<'_>,
     mut state: RunState,
 ) -> Result<Error, Error> {
+    let (pairs, moments, step) = trainer.into_parts()?;
     let checkpoint = Checkpoint {
         identity,
-        pairs: trainer.pairs,
-        moments: trainer.moments,
-        step: trainer.step,
+        pairs,
+        moments,
+        step,
         before: state.fit.before.take(),
         state,
     };

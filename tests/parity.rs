@@ -13,7 +13,7 @@ use std::path::Path;
 
 fn logits_are_llamas(path: &Path, arch: &str, adaptable: usize) {
     let open = OpenModel::open(path, 0).expect("a good model");
-    let c = check(&open, 1).expect("a traceable model");
+    let c = check(&open, 1, None).expect("a traceable model");
     assert_eq!((c.arch.as_str(), c.adaptable), (arch, adaptable));
     assert_eq!(c.missing_rule, None);
     assert_eq!(c.n_tokens, 64);

@@ -8,7 +8,7 @@ mod bpe;
 mod corpus;
 
 use nepenthe::data::{Record, Sample, build_samples};
-use nepenthe::ggml::{Cpu, quantize};
+use nepenthe::ggml::{Backend, quantize};
 use nepenthe::gguf::{Array, GgmlType, Gguf, GgufWriter, Metadata, Value};
 use nepenthe::graph::batch::{Packed, Sequence, pack};
 use nepenthe::graph::tape::{End, Parts, Tape};
@@ -175,7 +175,7 @@ fn pretrain(start: &Path, trained: &Path, records: &[Record]) -> Fallible<()> {
     let samples = build_samples(records, &open.model, &open.template()?, N_CTX as usize)?.samples;
     let n_tokens: usize = samples.iter().map(|s| s.tokens.len()).sum();
     let n_threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut cpu = Cpu::new(n_threads)?;
+    let mut cpu = Backend::new(n_threads)?;
     let template = trace(&open.model, &open.weights)?;
     let names: Vec<String> = open
         .weights

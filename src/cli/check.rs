@@ -1,9 +1,8 @@
 //! `nepenthe check`.
 
-use super::common::{ModelArgs, Output};
+use super::common::{MemoryArg, ModelArgs, Output};
 use crate::check::check;
 use crate::error::Error;
-use crate::graph::weights::EXPERT_COPIES;
 use clap::Args;
 
 /// Whether a model can be trained here, and at what cost
@@ -16,13 +15,15 @@ pub struct Check {
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
+    memory: MemoryArg,
+    #[command(flatten)]
     output: Output,
 }
 
 impl Check {
     pub(super) fn run(&self) -> Result<(), Error> {
         let open = self.model.open()?;
-        let c = check(&open, self.model.n_threads())?;
+        let c = check(&open, self.model.n_threads(), self.memory.memory)?;
         if self.output.json {
             super::emit(&c);
             return Ok(());
@@ -43,9 +44,8 @@ impl Check {
             );
             if e.decoded > 0 {
                 println!(
-                    "                 {} of the stacks are decoded anew on every way back: copies of all would take more than {} MiB",
-                    e.decoded,
-                    EXPERT_COPIES >> 20
+                    "                 {} of the stacks are decoded anew on every way back: there is no memory for copies of them",
+                    e.decoded
                 );
             }
         }

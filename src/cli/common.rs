@@ -183,6 +183,16 @@ impl TrustArgs {
     }
 }
 
+/// How much memory training may take.
+#[cfg(feature = "train")]
+#[derive(Debug, Clone, Copy, Args)]
+pub struct MemoryArg {
+    /// Most memory the process may take beside the mapped model file, such as 4G, 2.5GB or 800M;
+    /// less of it makes steps slower (default: 80% of what is free)
+    #[arg(long, value_name = "BUDGET")]
+    pub memory: Option<crate::train::memory::Budget>,
+}
+
 /// Which chat template.
 #[derive(Debug, Clone, Args)]
 pub struct TemplateArg {

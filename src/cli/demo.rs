@@ -88,6 +88,7 @@ impl Demo {
                 shared: None,
                 config: UnlearnConfig::default(),
                 n_threads: args.n_threads(),
+                memory: None,
                 out: patch.clone(),
                 force: true,
                 sketch: false,

@@ -1,6 +1,6 @@
 //! `nepenthe learn`.
 
-use super::common::{ModelArgs, Output, TemplateArg};
+use super::common::{MemoryArg, ModelArgs, Output, TemplateArg};
 use super::train_ui::TrainUi;
 use super::unlearn::TrainArgs;
 use crate::data::load_records;
@@ -28,6 +28,8 @@ pub struct Learn {
     template: TemplateArg,
     #[command(flatten)]
     train: TrainArgs,
+    #[command(flatten)]
+    memory: MemoryArg,
     /// Replace the adapter if it exists
     #[arg(long)]
     force: bool,
@@ -89,6 +91,7 @@ impl Learn {
                 rank: self.train.rank.unwrap_or(32),
                 until_prob: self.until_prob,
                 n_threads: self.model.n_threads(),
+                memory: self.memory.memory,
                 out: self.out.clone(),
                 force: self.force,
                 checkpoint: checkpoint.clone(),

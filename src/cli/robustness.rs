@@ -1,6 +1,6 @@
 //! `nepenthe robustness`.
 
-use super::common::{AdapterArgs, ModelArgs, Output, TemplateArg};
+use super::common::{AdapterArgs, MemoryArg, ModelArgs, Output, TemplateArg};
 use crate::data::{Record, load_records};
 use crate::error::Error;
 use crate::progress::Stages;
@@ -68,6 +68,9 @@ pub struct RobustnessArgs {
     /// Cut samples to this many tokens
     #[arg(long, default_value_t = 512)]
     max_tokens: usize,
+    /// For relearning
+    #[command(flatten)]
+    memory: MemoryArg,
     #[command(flatten)]
     output: Output,
 }
@@ -99,6 +102,7 @@ impl RobustnessArgs {
             max_samples: self.max_samples,
             max_tokens: self.max_tokens,
             n_threads: self.model.n_threads(),
+            memory: self.memory.memory,
             n_gpu_layers: self.model.n_gpu_layers.0,
         };
         let mut ui = Stages::new(self.output.quiet || self.output.json);

@@ -1,6 +1,6 @@
 //! `nepenthe unlearn`.
 
-use super::common::{ModelArgs, Output, TemplateArg};
+use super::common::{MemoryArg, ModelArgs, Output, TemplateArg};
 use super::train_ui::TrainUi;
 use crate::data::{load_lines, load_records};
 use crate::error::Error;
@@ -49,6 +49,8 @@ pub struct Unlearn {
     train: TrainArgs,
     #[command(flatten)]
     method: MethodArgs,
+    #[command(flatten)]
+    memory: MemoryArg,
     /// Replace the patch if it exists
     #[arg(long)]
     force: bool,
@@ -269,15 +271,11 @@ impl Unlearn {
                 &template,
                 &config.train,
             )?;
-            let e = estimate(&open, &sets, &config, n_threads)?;
+            let e = estimate(&open, &sets, &config, n_threads, self.memory.memory)?;
             if self.output.json {
                 super::emit(&e);
             } else {
-                println!(
-                    "memory  {} MiB beside the model file's {} MiB",
-                    e.memory_bytes >> 20,
-                    e.model_bytes >> 20
-                );
+                println!("memory  {}", e.memory_text());
                 println!("time    {:.1} s a step, {}", e.step_seconds, e.time_text());
                 println!(
                     "disk    {} MiB for the patch, {} MiB for a checkpoint",
@@ -307,6 +305,7 @@ impl Unlearn {
                 shared,
                 config,
                 n_threads,
+                memory: self.memory.memory,
                 out: self.out.clone(),
                 force: self.force,
                 sketch: !self.no_sketch,

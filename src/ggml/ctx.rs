@@ -5,7 +5,7 @@
 //! gives `[m, n]`.
 
 use super::buffer::Buffer;
-use ggml_sys::{ggml_backend_buffer_type_t, ggml_cgraph, ggml_context, ggml_tensor};
+use ggml_sys::{ggml_backend_buffer_type_t, ggml_cgraph, ggml_context, ggml_tensor, llama};
 use std::collections::{HashMap, HashSet};
 use std::ffi::CString;
 use std::ptr::{NonNull, null_mut};
@@ -163,6 +163,12 @@ impl Ctx {
     /// ggml's type number.
     pub fn ty(&self, t: Tensor) -> u32 {
         self.get(t).type_
+    }
+
+    /// Elements of a block of the tensor's type.
+    pub fn block(&self, t: Tensor) -> i64 {
+        // SAFETY: type numbers of live tensors are valid.
+        unsafe { ggml_sys::ggml_blck_size(self.ty(t)) }.max(1)
     }
 
     /// Elements in all.
@@ -425,6 +431,16 @@ impl Ctx {
     /// Shapes that do not repeat.
     pub fn add(&mut self, a: Tensor, b: Tensor) -> Result<Tensor> {
         self.binary("add", a, b, ggml_sys::ggml_add)
+    }
+
+    /// `a + b`, written over leaf `a`.
+    ///
+    /// # Errors
+    /// Shapes that differ.
+    pub fn add_into(&mut self, a: Tensor, b: Tensor) -> Result<Tensor> {
+        let ok = self.ne(a) == self.ne(b) && self.op(a) == ggml_sys::GGML_OP_NONE;
+        self.need(ok, "add_into", "a leaf and a tensor of its shape", &[a, b])?;
+        self.binary("add_into", a, b, llama::ggml_add_inplace)
     }
 
     /// `a − b`.

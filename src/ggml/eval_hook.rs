@@ -321,7 +321,7 @@ fn sources(t: &ggml_tensor) -> impl Iterator<Item = *mut ggml_tensor> + '_ {
 #[cfg(test)]
 mod tests {
     use super::original;
-    use crate::ggml::{Cpu, Ctx};
+    use crate::ggml::{Backend, Ctx};
     use half::f16;
 
     #[test]
@@ -335,7 +335,7 @@ mod tests {
 
     #[test]
     fn sources_are_read_in_logical_order_whatever_their_strides() {
-        let cpu = Cpu::new(1).expect("a CPU");
+        let cpu = Backend::new(1).expect("a CPU");
         let mut ctx = Ctx::new(16).expect("a context");
         let whole = ctx.leaf(ggml_sys::GGML_TYPE_F32, [4, 3, 2, 1], "whole");
         let half = ctx.leaf(ggml_sys::GGML_TYPE_F16, [4, 3, 1, 1], "half");

@@ -12,10 +12,12 @@ mod eval_hook;
 mod experts;
 mod llama;
 mod log;
+mod pages;
 mod plan;
 mod quant;
+mod turned;
 
-pub use backend::{Backend as Cpu, Offload, Side, Split, gpu_name};
+pub use backend::{Backend, Offload, Side, Split, gpu_name};
 pub use buffer::Buffer;
 pub use ctx::{Ctx, Graph, OpError, Tensor};
 pub use eval_hook::{Hook, NodeView, Recorded, RecordedTensor};
@@ -23,6 +25,7 @@ pub use llama::{
     Adapter, Batch, Context, ContextOptions, DecodeError, LlamaError, Model, ModelOptions, Token,
 };
 pub use log::{last_messages, set_verbose};
+pub use pages::release_file;
 pub use plan::Plan;
 pub use quant::{QuantError, can_encode, dequantize, quantize};
 

@@ -7,11 +7,11 @@
 
 use super::GraphError;
 use super::forward::{Record, Wanted};
-use super::rules::{Weightless, vjp};
+use super::rules::{Tile, Weightless, vjp};
 use super::tape::{Parts, place_apart};
 use super::template::{Leaf, Step};
 use super::weights::{Transposed, Weights};
-use crate::ggml::{Cpu, Ctx, Graph, Plan, Side, Tensor, dequantize, sys};
+use crate::ggml::{Backend, Ctx, Graph, Plan, Side, Tensor, dequantize, sys};
 use rayon::prelude::*;
 
 /// Rows per chunk.
@@ -43,6 +43,10 @@ impl Weightless for NoWeights {
     fn transposed(&mut self, _: &mut Ctx, _: Tensor) -> Result<Option<Tensor>, GraphError> {
         Ok(None)
     }
+
+    fn tile(&self, _: Tensor) -> Option<Tile> {
+        None
+    }
 }
 
 /// Computes a chunk's loss: rows of logits `[n_vocab]` in, their gradients out in place.
@@ -57,7 +61,11 @@ impl Head {
     ///
     /// # Errors
     /// Ops after the output product that cannot be rebuilt or differentiated.
-    pub fn new(parts: &Parts<'_>, cpu: &Cpu, weights: &mut Transposed) -> Result<Self, GraphError> {
+    pub fn new(
+        parts: &Parts<'_>,
+        cpu: &Backend,
+        weights: &mut Transposed,
+    ) -> Result<Self, GraphError> {
         let template = parts.template;
         let mut c = Ctx::new(256)?;
         let mut record = Record::default();
@@ -187,7 +195,7 @@ impl Head {
     /// When ggml fails.
     pub fn logits(
         &mut self,
-        cpu: &mut Cpu,
+        cpu: &mut Backend,
         hidden: &[f32],
         n_rows: usize,
         losses: &mut dyn RowLosses,
@@ -208,7 +216,7 @@ impl Head {
     /// When ggml fails, or the output matrix cannot be decoded.
     pub fn gradients(
         &mut self,
-        cpu: &mut Cpu,
+        cpu: &mut Backend,
         weights: &Weights,
         hidden: &[f32],
         n_rows: usize,
@@ -240,7 +248,7 @@ impl Head {
 
     fn chunk(
         &mut self,
-        cpu: &mut Cpu,
+        cpu: &mut Backend,
         hidden: &[f32],
         first: usize,
         n: usize,

@@ -9,6 +9,8 @@
 pub mod attention;
 pub mod batch;
 #[cfg(feature = "train")]
+pub mod copies;
+#[cfg(feature = "train")]
 pub mod forward;
 #[cfg(feature = "train")]
 pub mod head;

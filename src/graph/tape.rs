@@ -6,11 +6,11 @@ use super::attention::{Numbers, attentions, masks_only};
 use super::batch::{MaskKind, Packed};
 use super::forward::{Record, Wanted};
 use super::reverse::{Recomputed, gradients};
-use super::rules::{TILE, Weightless, tile_rows};
+use super::rules::{Tile, Weightless};
 use super::template::{Leaf, Step, Template};
 use super::trained::Trained;
 use super::weights::{Transposed, Weights, block_of};
-use crate::ggml::{Cpu, Ctx, Graph, Plan, Side, Split, Tensor, sys};
+use crate::ggml::{Backend, Ctx, Graph, Plan, Side, Split, Tensor, sys};
 use std::collections::{HashMap, HashSet};
 
 /// Writes the dropout mask `[n_in, T]` of the adaptable tensor with this index.
@@ -72,7 +72,7 @@ struct Chosen {
 struct Env<'a> {
     weights: &'a Weights,
     transposed: &'a mut Transposed,
-    cpu: &'a Cpu,
+    cpu: &'a Backend,
     frozen: HashMap<Tensor, String>,
 }
 
@@ -81,21 +81,12 @@ impl Weightless for Env<'_> {
         let Some(name) = self.frozen.get(&w) else {
             return Ok(None);
         };
-        self.transposed
-            .leaf(c, self.weights, self.cpu, name)
-            .map(Some)
+        self.transposed.leaf(c, self.weights, self.cpu, name)
     }
 
-    fn transposed_experts(&mut self, c: &mut Ctx, w: Tensor) -> Result<Option<Tensor>, GraphError> {
-        let Some(name) = self.frozen.get(&w) else {
-            return Ok(None);
-        };
-        if !self.transposed.has_room(self.weights, name)? {
-            return Ok(None);
-        }
-        self.transposed
-            .leaf(c, self.weights, self.cpu, name)
-            .map(Some)
+    fn tile(&self, w: Tensor) -> Option<Tile> {
+        let frozen = self.frozen.contains_key(&w);
+        frozen.then(|| self.transposed.tile())
     }
 }
 
@@ -109,7 +100,7 @@ const DEEP: usize = 2048;
 /// `first_on_gpu` are of the part of the model that the host keeps.
 pub(super) fn place_apart(
     c: &mut Ctx,
-    cpu: &Cpu,
+    cpu: &Backend,
     (graph, n_forward): (Graph, usize),
     grads: &[Tensor],
     first_on_gpu: usize,
@@ -129,12 +120,16 @@ pub(super) fn place_apart(
     Ok(bytes)
 }
 
-/// Nodes that go through stacks of experts back: six for each tile.
-fn n_tile_nodes(parts: &Parts<'_>) -> Result<usize, GraphError> {
+/// Nodes of the tiles that weights may be decoded in on the way back: three for each.
+fn n_tile_nodes(parts: &Parts<'_>, tile: Tile) -> Result<usize, GraphError> {
     let mut n = 0;
-    for stack in parts.template.experts() {
-        let ne = parts.weights.info(&stack.name)?.ne.map(|n| n as i64);
-        n += 7 * (ne[1] / tile_rows(ne, TILE) + 1) as usize;
+    for e in &parts.template.entries {
+        if let Step::Leaf(Leaf::Weight(name)) = &e.step {
+            let info = parts.weights.info(name)?;
+            let ne = info.ne.map(|n| n as i64);
+            let block = i64::try_from(info.ty.block_len()).unwrap_or(1);
+            n += 3 * tile.count(ne, block);
+        }
     }
     Ok(n)
 }
@@ -151,7 +146,7 @@ impl Tape {
         end: End,
         (n_tokens, n_rows): (usize, usize),
         gradient: bool,
-        cpu: &Cpu,
+        cpu: &Backend,
         transposed: &mut Transposed,
     ) -> Result<Self, GraphError> {
         let template = parts.template;
@@ -163,7 +158,10 @@ impl Tape {
             Trained::Factors(f) => f.list.len(),
             _ => 0,
         };
-        let room = 24 * template.entries.len() + 64 * n_factors + n_tile_nodes(parts)? + 1024;
+        let room = 24 * template.entries.len()
+            + 64 * n_factors
+            + n_tile_nodes(parts, transposed.tile())?
+            + 1024;
         let tiled = match parts.recompute {
             Some(n) if n < n_tokens => attentions(template),
             _ => HashMap::new(),
@@ -376,8 +374,17 @@ impl Tape {
             }
             let forward = (&record, &recomputed);
             grads = gradients(&mut c, forward, output, s, &params, &mut env)?;
-            for &g in &grads {
-                c.set_output(g);
+            if let Trained::Factors(f) = trained
+                && f.sums()
+            {
+                for (i, g) in grads.iter_mut().enumerate() {
+                    let sum = f.grad_leaf(&mut c, i)?;
+                    *g = c.add_into(sum, *g)?;
+                }
+            } else {
+                for &g in &grads {
+                    c.set_output(g);
+                }
             }
             c.extend_graph(full, &grads);
         }
@@ -391,7 +398,7 @@ impl Tape {
         if tokens.is_empty() {
             return Err(GraphError::Untraceable("its graph reads no tokens".into()));
         }
-        cpu.place(&mut c, &inputs)?;
+        let inputs = cpu.place(&mut c, &inputs)?.size();
         let on_gpu = cpu.gpu().is_some() && backward.is_some();
         let apart = if on_gpu || template.entries.len() > DEEP {
             let first_on_gpu = first_on_gpu.unwrap_or(usize::MAX);
@@ -421,7 +428,7 @@ impl Tape {
             output,
             seed,
             grads,
-            apart,
+            apart: apart + inputs,
             chosen,
             shape: (n_tokens, n_rows),
         };
@@ -430,7 +437,7 @@ impl Tape {
     }
 
     /// Leave the graphs' memory to the next tape on `cpu`.
-    pub fn retire(self, cpu: &Cpu) {
+    pub fn retire(self, cpu: &Backend) {
         cpu.retire(self.plan);
     }
 
@@ -482,7 +489,7 @@ impl Tape {
     /// A batch of another shape.
     pub fn forward(
         &mut self,
-        cpu: &mut Cpu,
+        cpu: &mut Backend,
         batch: &Packed,
         out: &mut Vec<f32>,
     ) -> Result<(), GraphError> {
@@ -533,7 +540,7 @@ impl Tape {
     ///
     /// # Errors
     /// Another length, or a tape without anything trainable.
-    pub fn backward(&mut self, cpu: &mut Cpu, seed: &[f32]) -> Result<(), GraphError> {
+    pub fn backward(&mut self, cpu: &mut Backend, seed: &[f32]) -> Result<(), GraphError> {
         let (Some(graph), Some(s)) = (self.backward, self.seed) else {
             return Err(GraphError::NoRule {
                 op: "of a tape without parameters".into(),
@@ -574,7 +581,7 @@ impl Tape {
     }
 
     /// What of both passes a GPU leaves to the CPU.
-    pub fn split(&self, cpu: &Cpu) -> Split {
+    pub fn split(&self, cpu: &Backend) -> Split {
         let mut split = cpu.split(&self.ctx, self.forward);
         if let Some(backward) = self.backward {
             let more = cpu.split(&self.ctx, backward);

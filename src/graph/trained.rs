@@ -3,7 +3,7 @@
 use super::GraphError;
 use super::template::Template;
 use super::weights::Weights;
-use crate::ggml::{Buffer, Cpu, Ctx, Tensor, sys};
+use crate::ggml::{Backend, Buffer, Ctx, Tensor, sys};
 use std::sync::Arc;
 
 /// One low-rank term `scale·B(A·x)` on an adaptable weight.
@@ -30,6 +30,15 @@ pub struct Factors {
     tensors: Vec<(Tensor, Tensor)>,
     offsets: Vec<(usize, usize)>,
     buffer: Arc<Buffer>,
+    sums: Option<Sums>,
+}
+
+/// Gradients of the trainable factors, A and B of each in turn, as the tapes add them up.
+struct Sums {
+    ctx: Ctx,
+    tensors: Vec<Tensor>,
+    offsets: Vec<usize>,
+    buffer: Arc<Buffer>,
 }
 
 impl Factors {
@@ -37,7 +46,7 @@ impl Factors {
     ///
     /// # Errors
     /// When the memory cannot be had.
-    pub fn new(cpu: &Cpu, template: &Template, list: Vec<Factor>) -> Result<Self, GraphError> {
+    pub fn new(cpu: &Backend, template: &Template, list: Vec<Factor>) -> Result<Self, GraphError> {
         let mut ctx = Ctx::new(2 * list.len() + 8)?;
         let mut tensors = Vec::new();
         let (mut offsets, mut at) = (Vec::new(), 0usize);
@@ -67,7 +76,99 @@ impl Factors {
             tensors,
             offsets,
             buffer,
+            sums: None,
         })
+    }
+
+    /// Have the tapes add gradients up in memory beside the factors, instead of each holding those
+    /// of its last pass: one copy of them less.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    pub fn sum_gradients(&mut self, cpu: &Backend, template: &Template) -> Result<(), GraphError> {
+        let trained: Vec<&Factor> = self.list.iter().filter(|f| f.trainable).collect();
+        let mut ctx = Ctx::new(2 * trained.len() + 8)?;
+        let (mut tensors, mut offsets, mut at) = (Vec::new(), Vec::new(), 0usize);
+        for f in trained {
+            let t = &template.adaptable[f.tensor];
+            for shape in [a_shape(t.n_in, f.rank), b_shape(t.n_out, f.rank)] {
+                let leaf = ctx.leaf(sys::GGML_TYPE_F32, shape, "")?;
+                tensors.push(leaf);
+                offsets.push(at);
+                at += ctx.n_bytes(leaf).next_multiple_of(64);
+            }
+        }
+        let buffer = cpu.alloc(at)?;
+        for (&t, &at) in tensors.iter().zip(&offsets) {
+            ctx.bind(t, &buffer, at)?;
+        }
+        self.sums = Some(Sums {
+            ctx,
+            tensors,
+            offsets,
+            buffer,
+        });
+        Ok(())
+    }
+
+    /// Whether the tapes add gradients up here.
+    pub(super) fn sums(&self) -> bool {
+        self.sums.is_some()
+    }
+
+    /// Set the summed gradients to zero.
+    ///
+    /// # Errors
+    /// Never for factors of this program.
+    pub fn clear_gradients(&mut self) -> Result<(), GraphError> {
+        if let Some(sums) = &mut self.sums {
+            let mut zeros = Vec::new();
+            for &t in &sums.tensors {
+                zeros.resize(sums.ctx.n_elements(t), 0f32);
+                sums.ctx.write(t, &zeros)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Summed gradient `i`: A and B of each trainable factor in turn.
+    ///
+    /// # Errors
+    /// Never for factors that [sum](Self::sum_gradients) them.
+    pub fn gradient(&self, i: usize, out: &mut Vec<f32>) -> Result<(), GraphError> {
+        let sums = self.sums.as_ref().expect(SUMMED);
+        out.resize(sums.ctx.n_elements(sums.tensors[i]), 0.0);
+        Ok(sums.ctx.read(sums.tensors[i], out)?)
+    }
+
+    /// Set summed gradient `i`.
+    ///
+    /// # Errors
+    /// Another length.
+    pub fn set_gradient(&mut self, i: usize, values: &[f32]) -> Result<(), GraphError> {
+        let sums = self.sums.as_mut().expect(SUMMED);
+        Ok(sums.ctx.write(sums.tensors[i], values)?)
+    }
+
+    /// A leaf of `c` over summed gradient `i`.
+    pub(super) fn grad_leaf(&self, c: &mut Ctx, i: usize) -> Result<Tensor, GraphError> {
+        let sums = self.sums.as_ref().expect(SUMMED);
+        let leaf = c.leaf(sys::GGML_TYPE_F32, sums.ctx.ne(sums.tensors[i]), "")?;
+        c.bind(leaf, &sums.buffer, sums.offsets[i])?;
+        Ok(leaf)
+    }
+
+    /// Factor `i`: `a [n_in, rank]`, `b [rank, n_out]`.
+    ///
+    /// # Errors
+    /// Never for factors of this program.
+    pub fn read(&self, i: usize, a: &mut Vec<f32>, b: &mut Vec<f32>) -> Result<(), GraphError> {
+        let (ta, tb) = self.tensors[i];
+        a.resize(self.ctx.n_elements(ta), 0.0);
+        b.resize(self.ctx.n_elements(tb), 0.0);
+        self.ctx.read(ta, a)?;
+        self.ctx.read(tb, b)?;
+        Ok(())
     }
 
     /// Set factor `i`: `a [n_in, rank]`, `b [rank, n_out]`.
@@ -83,7 +184,7 @@ impl Factors {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.buffer.size()
+        self.buffer.size() + self.sums.as_ref().map_or(0, |s| s.buffer.size())
     }
 
     pub(super) fn leaves(
@@ -101,6 +202,9 @@ impl Factors {
         Ok((a, b))
     }
 }
+
+/// Why gradients can be asked for.
+const SUMMED: &str = "sum_gradients was called";
 
 fn a_shape(n_in: usize, rank: usize) -> [i64; 4] {
     [n_in as i64, rank as i64, 1, 1]
@@ -125,7 +229,7 @@ impl FreeWeights {
     ///
     /// # Errors
     /// No tensor of that name, or no memory.
-    pub fn new(cpu: &Cpu, weights: &Weights, names: Vec<String>) -> Result<Self, GraphError> {
+    pub fn new(cpu: &Backend, weights: &Weights, names: Vec<String>) -> Result<Self, GraphError> {
         let mut ctx = Ctx::new(names.len() + 8)?;
         let (mut tensors, mut offsets, mut shapes, mut at) = (vec![], vec![], vec![], 0usize);
         for name in &names {

@@ -2,10 +2,19 @@
 //! multiplies with.
 
 use super::GraphError;
+#[cfg(feature = "train")]
+use super::copies::Copies;
+#[cfg(feature = "train")]
+use super::rules::Tile;
 use crate::digest::{Digest, of_model, of_tensor};
 use crate::error::Error;
-use crate::ggml::{Buffer, Cpu, Ctx, Side, Tensor, dequantize, sys};
-use crate::gguf::{GgmlType, Gguf, GgufSet, MappedGguf, TensorInfo};
+#[cfg(feature = "train")]
+use crate::ggml::{Backend, Side, sys};
+use crate::ggml::{Buffer, Ctx, Tensor, dequantize};
+#[cfg(feature = "train")]
+use crate::gguf::GgmlType;
+use crate::gguf::{Gguf, GgufSet, MappedGguf, TensorInfo};
+#[cfg(feature = "train")]
 use half::bf16;
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -146,6 +155,21 @@ impl Weights {
         Ok(out)
     }
 
+    /// Σ w² of a tensor, a few rows of it decoded at a time.
+    ///
+    /// # Errors
+    /// No tensor of that name, or a type without decoder.
+    pub fn sum_of_squares(&self, name: &str) -> Result<f64, GraphError> {
+        let info = self.info(name)?;
+        let mut row = vec![0f32; info.ne[0] as usize];
+        let mut sum = 0.0;
+        for bytes in self.bytes(name)?.chunks(info.row_bytes() as usize) {
+            dequantize(info.ty.id(), bytes, &mut row)?;
+            sum += row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>();
+        }
+        Ok(sum)
+    }
+
     /// Give the pages read so far back to the system; what is touched again is read again.
     pub fn release(&self) {
         for part in &self.parts {
@@ -182,29 +206,28 @@ pub fn block_of(name: &str) -> Option<usize> {
 /// `dX = Wᵀ·dY` is then one `mul_mat` at full speed, where ggml's own rule decodes all of
 /// W once per token. Cost: two bytes a weight; relative error of the product 2.4e-3.
 ///
-/// Stacks of experts get copies while those of all stacks fit [`EXPERT_COPIES`]
-/// ([`Transposed::has_room`]).
+/// Where there is not memory for all of them ([`Copies`]), the others are decoded on the way back a
+/// tile at a time, to the same values: results do not depend on which copies there are.
 ///
 /// Types that ggml multiplies one dot product at a time (Q4_1, Q5_1) get a plain BF16 copy for
-/// the forward pass as well.
+/// the forward pass as well; without it, that pass is in ggml's arithmetic for the type.
+#[cfg(feature = "train")]
 #[derive(Default)]
 pub struct Transposed {
     buffers: HashMap<String, Arc<Buffer>>,
     plain: HashMap<String, Arc<Buffer>>,
-    experts: HashMap<String, usize>,
-    expert_copies: Option<usize>,
+    only: Option<Copies>,
     f32: bool,
 }
 
-/// Bytes that transposed copies of experts may take in all, unless told otherwise.
-pub const EXPERT_COPIES: usize = 2 << 30;
-
 /// Types without a blocked kernel in ggml's CPU backend: measured on SmolLM2 in Q4_1, their
 /// dot products took 62% of a training step.
-fn is_slow(ty: GgmlType) -> bool {
+#[cfg(feature = "train")]
+pub(super) fn is_slow(ty: GgmlType) -> bool {
     matches!(ty, GgmlType::Q4_1 | GgmlType::Q5_1)
 }
 
+#[cfg(feature = "train")]
 impl Transposed {
     /// Keep f32 copies instead: exact, twice the memory. For gradient checks.
     pub fn exact() -> Self {
@@ -214,9 +237,9 @@ impl Transposed {
         }
     }
 
-    /// Let transposed copies of experts take `bytes` in all.
-    pub fn expert_copies(mut self, bytes: usize) -> Self {
-        self.expert_copies = Some(bytes);
+    /// Keep these copies alone.
+    pub fn only(mut self, copies: Copies) -> Self {
+        self.only = Some(copies);
         self
     }
 
@@ -224,6 +247,19 @@ impl Transposed {
     pub fn bytes(&self) -> usize {
         let copies = self.buffers.values().chain(self.plain.values());
         copies.map(|b| b.size()).sum()
+    }
+
+    /// How weights without a copy are decoded.
+    pub fn tile(&self) -> Tile {
+        Tile {
+            exact: self.f32,
+            ..Tile::default()
+        }
+    }
+
+    fn keeps(&self, name: &str, transposed: bool) -> bool {
+        let only = self.only.as_ref();
+        only.is_none_or(|copies| copies.has(name, transposed))
     }
 
     /// A leaf `[n_in, n_out]` for the forward pass: the mapped weight, or a BF16 copy of it if its
@@ -235,7 +271,7 @@ impl Transposed {
         &mut self,
         ctx: &mut Ctx,
         weights: &Weights,
-        cpu: &Cpu,
+        cpu: &Backend,
         name: &str,
     ) -> Result<Tensor, GraphError> {
         let info = weights.info(name)?;
@@ -245,7 +281,7 @@ impl Transposed {
                 Ok(ctx.write(t, weights.bytes(name)?)?)
             });
         }
-        if !is_slow(info.ty) || self.f32 {
+        if !is_slow(info.ty) || self.f32 || !self.keeps(name, false) {
             return weights.leaf(ctx, name);
         }
         let t = ctx.leaf(sys::GGML_TYPE_BF16, info.ne.map(|n| n as i64), name)?;
@@ -255,26 +291,8 @@ impl Transposed {
         })
     }
 
-    /// Whether a copy of the stack of experts `name` fits the memory that is for them; if so, that
-    /// much of it is taken.
-    ///
-    /// # Errors
-    /// No tensor of that name.
-    pub fn has_room(&mut self, weights: &Weights, name: &str) -> Result<bool, GraphError> {
-        if self.experts.contains_key(name) {
-            return Ok(true);
-        }
-        let bytes = weights.info(name)?.n_elements() as usize * if self.f32 { 4 } else { 2 };
-        let taken: usize = self.experts.values().sum();
-        let fits = taken + bytes <= self.expert_copies.unwrap_or(EXPERT_COPIES);
-        if fits {
-            self.experts.insert(name.to_owned(), bytes);
-        }
-        Ok(fits)
-    }
-
     /// A leaf `[n_out, n_in]` of `ctx` with the transposed weight, or with each matrix of a stack
-    /// transposed.
+    /// transposed; none where no copy of it is kept.
     ///
     /// # Errors
     /// A weight that cannot be decoded, or no memory.
@@ -282,9 +300,12 @@ impl Transposed {
         &mut self,
         ctx: &mut Ctx,
         weights: &Weights,
-        cpu: &Cpu,
+        cpu: &Backend,
         name: &str,
-    ) -> Result<Tensor, GraphError> {
+    ) -> Result<Option<Tensor>, GraphError> {
+        if !self.keeps(name, true) {
+            return Ok(None);
+        }
         let info = weights.info(name)?;
         let (n_in, n_out) = (info.ne[0] as usize, info.ne[1] as usize);
         let ty = if self.f32 {
@@ -295,7 +316,7 @@ impl Transposed {
         let [_, _, n2, n3] = info.ne.map(|n| n as i64);
         let t = ctx.leaf(ty, [n_out as i64, n_in as i64, n2, n3], "")?;
         let exact = self.f32;
-        keep(&mut self.buffers, ctx, t, cpu, name, |ctx| {
+        let leaf = keep(&mut self.buffers, ctx, t, cpu, name, |ctx| {
             let w = weights.decoded(name)?;
             let shape = (n_in, n_out);
             let written = if exact {
@@ -304,16 +325,18 @@ impl Transposed {
                 ctx.write(t, &transpose(&w, shape, bf16::from_f32))
             };
             Ok(written?)
-        })
+        })?;
+        Ok(Some(leaf))
     }
 }
 
 /// `t`, bound to the copy kept under `name`; `fill` writes it the first time.
+#[cfg(feature = "train")]
 fn keep(
     kept: &mut HashMap<String, Arc<Buffer>>,
     ctx: &mut Ctx,
     t: Tensor,
-    cpu: &Cpu,
+    cpu: &Backend,
     name: &str,
     fill: impl FnOnce(&mut Ctx) -> Result<(), GraphError>,
 ) -> Result<Tensor, GraphError> {
@@ -329,6 +352,7 @@ fn keep(
 }
 
 /// Rows of `n_in` become columns, in each matrix of a stack; `f` converts each element.
+#[cfg(feature = "train")]
 fn transpose<T: Copy + Default + Send>(
     stack: &[f32],
     (n_in, n_out): (usize, usize),

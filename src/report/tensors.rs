@@ -153,6 +153,7 @@ pub fn spectra(job: &Job<'_>, ui: &mut dyn Ui) -> Result<Vec<Spectrum>, Error> {
         Some(shared),
         &SubspaceConfig::default(),
         job.n_threads,
+        None,
         &mut |done, total| ui.progress("capturing outputs", done, total),
     )?;
     for (spectrum, s) in all.iter_mut().zip(&solved) {

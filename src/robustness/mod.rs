@@ -13,6 +13,7 @@ use crate::error::Error;
 use crate::model::OpenModel;
 use crate::progress::Ui;
 use crate::score::{SetScores, losses_of};
+use crate::train::memory::Budget;
 use relearn::{Relearn, RelearnConfig, relearn};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -54,6 +55,8 @@ pub struct Job<'a> {
     pub max_tokens: usize,
     /// ggml threads.
     pub n_threads: usize,
+    /// What relearning may take beside the mapped model; none: what the machine has free.
+    pub memory: Option<Budget>,
     /// Layers on the GPU, of merged files.
     pub n_gpu_layers: i32,
 }

@@ -6,6 +6,7 @@
 use super::Job;
 use crate::data::{Record, Sample, overlap, samples};
 use crate::error::Error;
+use crate::learn::longest;
 use crate::likelihood::SampleLoss;
 use crate::patch::Patch;
 use crate::progress::Ui;
@@ -13,6 +14,7 @@ use crate::score::SetScores;
 use crate::train::adapters::Pairs;
 use crate::train::config::{Constraint, Init, TrainConfig};
 use crate::train::engine::Engine;
+use crate::train::memory::Shape;
 use crate::train::order::Order;
 use crate::train::trainer::{StepBatch, Trainer};
 use serde::{Deserialize, Serialize};
@@ -143,7 +145,7 @@ pub fn relearn(
         ui.notice(notice);
     }
     let train = config.train(job.max_tokens);
-    let engine = Engine::new(open, job.n_threads, train.micro_tokens)?;
+    let mut engine = Engine::new(open, job.n_threads, train.micro_tokens)?;
     let adaptable = engine.template.adaptable.clone();
     let mut patches = Vec::new();
     for &(path, scale) in &job.specs {
@@ -155,6 +157,16 @@ pub fn relearn(
     let scale = train.alpha / config.rank as f32;
     let pairs = Pairs::lora(&adaptable, config.rank, scale, config.seed, Vec::new())
         .on_top_of(beneath, &adaptable)?;
+    let shape = Shape {
+        rank: config.rank,
+        frozen: false,
+        basis: 0,
+        snapshots: 0,
+        beneath: pairs.beneath.iter().map(|b| b.a.len() + b.b.len()).sum(),
+    };
+    let n = config.batch.min(data.len());
+    engine.plan(job.memory, &shape, &longest(&data, n))?;
+    open.release();
     let mut trainer = Trainer::new(engine, pairs)?;
     let mut order = Order::new(config.seed, ORDER_STREAM, data.len());
     let last = *config.steps.last().expect("validated");

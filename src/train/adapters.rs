@@ -11,12 +11,11 @@ use crate::graph::template::Adaptable;
 use crate::graph::trained::{Factor, Factors};
 use crate::graph::weights::Weights;
 use crate::patch::Update;
-use crate::project::{NetUpdate, project_lora_b};
+use crate::project::NetUpdate;
 use crate::rng::SplitMix64;
 use crate::subspace::Subspace;
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef};
-use rayon::prelude::*;
 
 /// Stream numbers of [`SplitMix64::stream`].
 const INIT_STREAM: u64 = 1;
@@ -200,28 +199,48 @@ impl Pairs {
             .collect()
     }
 
-    /// Copy the trained pairs into `factors`, made from [`Pairs::factors`].
-    ///
-    /// # Errors
-    /// Never for factors of these pairs.
-    pub fn write_trained(&self, factors: &mut Factors) -> Result<(), Error> {
-        for (i, p) in self.list.iter().enumerate() {
-            factors.write(i, &p.a, &p.b)?;
-        }
-        Ok(())
-    }
-
-    /// Copy every pair into `factors`.
+    /// Copy every pair into `factors`, made from [`Pairs::factors`].
     ///
     /// # Errors
     /// Never for factors of these pairs.
     pub fn write_all(&self, factors: &mut Factors) -> Result<(), Error> {
-        self.write_trained(factors)?;
+        let trained = self.list.iter().map(|p| (&p.a, &p.b));
         let frozen = self.list.iter().filter_map(|p| p.initial.as_ref());
         let frozen = frozen.map(|(a, b)| (a, b));
         let beneath = self.beneath.iter().map(|b| (&b.a, &b.b));
+        for (i, (a, b)) in trained.chain(frozen).chain(beneath).enumerate() {
+            factors.write(i, a, b)?;
+        }
+        Ok(())
+    }
+
+    /// Let go of all values but the bases, which are in the factors now.
+    pub fn hollow(&mut self) {
+        for p in &mut self.list {
+            (p.a, p.b) = (Vec::new(), Vec::new());
+            if let Some(initial) = &mut p.initial {
+                *initial = (Vec::new(), Vec::new());
+            }
+        }
+        for b in &mut self.beneath {
+            (b.a, b.b) = (Vec::new(), Vec::new());
+        }
+    }
+
+    /// Take back from `factors` what [`Pairs::hollow`] let go of, as it is now.
+    ///
+    /// # Errors
+    /// Never for factors of these pairs.
+    pub fn fill(&mut self, factors: &Factors) -> Result<(), Error> {
+        for (i, p) in self.list.iter_mut().enumerate() {
+            factors.read(i, &mut p.a, &mut p.b)?;
+        }
+        let frozen = self.list.iter_mut().filter_map(|p| p.initial.as_mut());
+        let frozen = frozen.map(|(a, b)| (a, b));
+        let beneath = self.beneath.iter_mut().map(|b| (&mut b.a, &mut b.b));
+        let n = factors.list.iter().filter(|f| f.trainable).count();
         for (i, (a, b)) in frozen.chain(beneath).enumerate() {
-            factors.write(self.list.len() + i, a, b)?;
+            factors.read(n + i, a, b)?;
         }
         Ok(())
     }
@@ -234,54 +253,22 @@ impl Pairs {
             .collect()
     }
 
-    /// The trained tensors in the tape's order.
-    pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Vec<f32>> {
-        self.list.iter_mut().flat_map(|p| [&mut p.a, &mut p.b])
-    }
-
-    /// The trained tensors in the tape's order.
-    pub fn params(&self) -> impl Iterator<Item = &Vec<f32>> {
-        self.list.iter().flat_map(|p| [&p.a, &p.b])
-    }
-
-    /// Parameters at which the net update is zero, in the tape's order: where RILA began; for
-    /// plain LoRA the A of now and B = 0.
-    pub fn start(&self) -> Vec<Vec<f32>> {
-        let pair = |p: &Pair| match &p.initial {
-            Some((a0, b0)) => [a0.clone(), b0.clone()],
-            None => [p.a.clone(), vec![0.0; p.b.len()]],
-        };
-        self.list.iter().flat_map(pair).collect()
-    }
-
-    /// Keep every B in the complement of its P.
-    ///
-    /// # Errors
-    /// Never for pairs whose bases have their width.
-    pub fn project(&mut self) -> Result<(), Error> {
-        self.list
-            .par_iter_mut()
-            .with_max_len(1)
-            .filter(|p| !p.basis.is_empty())
-            .try_for_each(|p| project_lora_b(&mut p.b, &p.basis, p.rank, p.tensor.n_out))?;
-        Ok(())
-    }
-
     /// Σ of the ranks.
     pub fn total_rank(&self) -> usize {
         self.list.iter().map(|p| p.rank).sum()
     }
+}
 
-    /// ΔW of pair `i`.
+impl Pair {
+    /// ΔW under scale s.
     ///
     /// # Errors
-    /// Never for pairs whose factors have their shapes.
-    pub fn net(&self, i: usize) -> Result<NetUpdate, Error> {
-        let p = &self.list[i];
-        let shape = (p.tensor.n_in, p.tensor.n_out, p.rank);
-        Ok(match &p.initial {
-            Some((a0, b0)) => NetUpdate::from_trained(shape, self.scale, (&p.a, &p.b), (a0, b0))?,
-            None => NetUpdate::new(shape, self.scale, p.a.clone(), p.b.clone())?,
+    /// Never for a pair whose factors have their shapes.
+    pub fn net(&self, scale: f32) -> Result<NetUpdate, Error> {
+        let shape = (self.tensor.n_in, self.tensor.n_out, self.rank);
+        Ok(match &self.initial {
+            Some((a0, b0)) => NetUpdate::from_trained(shape, scale, (&self.a, &self.b), (a0, b0))?,
+            None => NetUpdate::new(shape, scale, self.a.clone(), self.b.clone())?,
         })
     }
 }

@@ -3,24 +3,36 @@
 use super::answer_loss::AnswerLoss;
 use super::dropout::Dropout;
 use super::loss::{BatchLosses, Graded, RowObjective, Target};
+use super::memory::{Budget, Need, Plan, Shape, own_bytes};
 use crate::data::Sample;
 use crate::error::Error;
-use crate::ggml::{Cpu, Split};
-use crate::graph::batch::{Packed, Sequence, pack};
+use crate::ggml::{Backend, Split};
+use crate::graph::GraphError;
+use crate::graph::batch::{Packed, Sequence, TOKEN_PAD, pack};
+use crate::graph::copies::{Copies, wanted};
 use crate::graph::head::Head;
 use crate::graph::tape::{End, Parts, Tape};
-use crate::graph::template::Template;
+use crate::graph::template::{Entry, Step, Template};
 use crate::graph::trained::{Factor, Factors, Trained};
-use crate::graph::weights::Transposed;
+use crate::graph::weights::{Transposed, Weights};
 use crate::likelihood::SampleLoss;
 use crate::model::OpenModel;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Batches of more tokens are computed twice rather than kept: see [`Parts::recompute`].
+/// Where memory is not counted ([`Engine::keep_to`]), batches of more tokens are computed twice
+/// rather than kept: see [`Parts::recompute`].
 const LONG_TOKENS: usize = 1024;
-/// Queries of attention at a time in such a batch.
+/// Queries of attention at a time in a batch that is computed twice.
 const QUERIES: usize = 256;
+
+/// What passes by a training run: buffers of the head, of a step's losses and of llama.cpp's contexts
+/// before and after it.
+const PASSING: u64 = 48 << 20;
+/// Where the system does not say what a process holds.
+const UNKNOWN_BASE: u64 = 128 << 20;
+/// A plan does not hang on a few pages.
+const ROUND: u64 = 16 << 20;
 
 /// What a sample is trained towards.
 #[derive(Debug, Clone, Copy)]
@@ -95,11 +107,17 @@ pub struct Engine<'m> {
     head: Head,
     tape: Option<(Tape, bool)>,
     max_tokens: usize,
+    /// Bytes that graphs may take, if they are counted.
+    room: Option<u64>,
+    /// Batches of so many tokens are computed twice.
+    too_long: usize,
+    /// Tokens of a sample from which on attention is scaled by position.
+    scaled_from: Option<usize>,
     hidden: Vec<f32>,
     seed: Vec<f32>,
     grad: Vec<f32>,
     /// The backend: last, as the graphs above hold memory of it.
-    pub cpu: Cpu,
+    pub cpu: Backend,
 }
 
 impl<'m> Engine<'m> {
@@ -123,6 +141,7 @@ impl<'m> Engine<'m> {
             &cpu,
             &mut transposed,
         )?;
+        let scaled_from = scaled_from(&template, &open.weights)?;
         Ok(Self {
             open,
             template,
@@ -132,6 +151,9 @@ impl<'m> Engine<'m> {
             head,
             tape: None,
             max_tokens,
+            room: None,
+            too_long: LONG_TOKENS + 1,
+            scaled_from,
             hidden: Vec::new(),
             seed: Vec::new(),
             grad: Vec::new(),
@@ -148,6 +170,89 @@ impl<'m> Engine<'m> {
     pub fn split(&self) -> Option<Split> {
         let (tape, _) = self.tape.as_ref()?;
         self.cpu.gpu().map(|_| tape.split(&self.cpu))
+    }
+
+    /// What training pairs of `shape` takes, on samples of `lengths` tokens in one step. Graphs are
+    /// built for it and not computed.
+    ///
+    /// # Errors
+    /// A model that cannot be differentiated.
+    pub fn need(&mut self, shape: &Shape, lengths: &[usize]) -> Result<Need, Error> {
+        crate::ggml::return_free_memory();
+        let base = own_bytes().unwrap_or(UNKNOWN_BASE) + PASSING;
+        let longest = lengths.iter().copied().max().unwrap_or(1);
+        let tokens = lengths
+            .iter()
+            .sum::<usize>()
+            .min(self.max_tokens.max(longest));
+        let tokens = tokens.next_multiple_of(TOKEN_PAD);
+        let list = shape.factors(&self.template.adaptable);
+        let factors = self.factors(list)?;
+        let graph = |recompute| -> Result<u64, Error> {
+            let mut no_copies = Transposed::default().only(Copies::default());
+            let tape = Tape::new(
+                &self.parts(recompute),
+                Trained::Factors(&factors),
+                End::Hidden,
+                (tokens, tokens),
+                true,
+                &self.cpu,
+                &mut no_copies,
+            )?;
+            Ok(tape.bytes() as u64)
+        };
+        Ok(Need {
+            base: base.next_multiple_of(ROUND),
+            state: shape.bytes(&self.template.adaptable),
+            whole: graph(None)?,
+            again: graph(Some(QUERIES))?,
+            copies: wanted(&self.template, &self.open.weights)?,
+        })
+    }
+
+    /// Make a plan for `memory`, or without it for what the machine has free, and keep to it; see
+    /// [`Engine::need`] for the others. None where there is no telling what is free, and on a GPU: then
+    /// memory is not counted.
+    ///
+    /// # Errors
+    /// Less memory than training takes; what is free is not minded so far.
+    pub fn plan(
+        &mut self,
+        memory: Option<Budget>,
+        shape: &Shape,
+        lengths: &[usize],
+    ) -> Result<Option<Plan>, Error> {
+        // A GPU's memory is another matter.
+        let on_host = self.cpu.gpu().is_none();
+        let free = || Budget::available(self.open.file_bytes()).filter(|_| on_host);
+        let Some(budget) = memory.or_else(free) else {
+            return Ok(None);
+        };
+        let need = self.need(shape, lengths)?;
+        let budget = match memory {
+            Some(budget) => budget,
+            None => Budget(budget.0.max(need.least())),
+        };
+        let plan = need.plan(budget).map_err(Error::Train)?;
+        self.keep_to(&plan);
+        Ok(Some(plan))
+    }
+
+    /// Keep to `plan`.
+    pub fn keep_to(&mut self, plan: &Plan) {
+        self.reset();
+        self.room = Some(plan.graph);
+        self.too_long = usize::MAX;
+        self.transposed = Transposed::default().only(plan.copies.clone());
+    }
+
+    fn parts(&self, recompute: Option<usize>) -> Parts<'_> {
+        Parts {
+            template: &self.template,
+            weights: &self.open.weights,
+            window: self.window,
+            recompute,
+        }
     }
 
     /// Bytes of graph memory and transposed weights in use.
@@ -191,6 +296,19 @@ impl<'m> Engine<'m> {
     ) -> Result<Vec<SampleLoss>, Error> {
         let mut losses = vec![SampleLoss::default(); items.len()];
         let length = |s: &Sample| s.tokens.len() - 1;
+        if let Some(most) = self.scaled_from {
+            let lengths = items.iter().flat_map(|i| i.samples().map(length));
+            if let Some(found) = lengths.filter(|&n| n > most).max() {
+                return Err(Error::Setting {
+                    setting: "max-tokens",
+                    wanted: format!(
+                        "at most {most}, as the model scales attention from there on by position, which \
+                         is not trained"
+                    ),
+                    found: found.to_string(),
+                });
+            }
+        }
         let lengths: Vec<usize> = items
             .iter()
             .map(|i| i.samples().map(length).sum())
@@ -336,23 +454,32 @@ impl<'m> Engine<'m> {
         if let Some((tape, _)) = self.tape.take() {
             tape.retire(&self.cpu);
         }
-        let parts = Parts {
-            template: &self.template,
-            weights: &self.open.weights,
-            window: self.window,
-            recompute: (shape.0 > LONG_TOKENS).then_some(QUERIES),
-        };
-        let tape = Tape::new(
-            &parts,
-            trained,
-            End::Hidden,
-            shape,
-            gradient,
-            &self.cpu,
-            &mut self.transposed,
-        )?;
-        self.tape = Some((tape, gradient));
-        Ok(())
+        let mut again = shape.0 >= self.too_long;
+        loop {
+            let parts = Parts {
+                template: &self.template,
+                weights: &self.open.weights,
+                window: self.window,
+                recompute: again.then_some(QUERIES),
+            };
+            let tape = Tape::new(
+                &parts,
+                trained,
+                End::Hidden,
+                shape,
+                gradient,
+                &self.cpu,
+                &mut self.transposed,
+            )?;
+            let fits = self.room.is_none_or(|room| tape.bytes() as u64 <= room);
+            if fits || again {
+                self.tape = Some((tape, gradient));
+                return Ok(());
+            }
+            // Nothing of it was computed: its memory was never touched.
+            self.too_long = shape.0;
+            again = true;
+        }
     }
 
     /// Forget the graph: the factors it was built over are about to change shape.
@@ -367,6 +494,23 @@ impl<'m> Engine<'m> {
     pub fn factors(&self, list: Vec<Factor>) -> Result<Factors, Error> {
         Ok(Factors::new(&self.cpu, &self.template, list)?)
     }
+}
+
+/// The number of tokens up to which `inp_attn_scale` is what the trace saw of it, 1 throughout, where
+/// the graph reads it: llama.cpp's `ln(⌊(pos + offset)/length⌋ + 1)·scale + 1`
+/// (`llm_graph_input_attn_temp`), with an offset of 0 or 1.
+fn scaled_from(template: &Template, weights: &Weights) -> Result<Option<usize>, GraphError> {
+    let reads = |e: &Entry| e.name == "inp_attn_scale" && matches!(e.step, Step::Leaf(_));
+    if !template.entries.iter().any(reads) {
+        return Ok(None);
+    }
+    let (meta, arch) = (weights.set().metadata(), weights.arch()?);
+    let length = match arch {
+        "llama4" => Some(8192),
+        "mistral3" => meta.get_opt::<u32>("mistral3.rope.scaling.original_context_length")?,
+        _ => meta.get_opt::<u32>(&format!("{arch}.attention.temperature_length"))?,
+    };
+    Ok(length.map(|n| n.saturating_sub(1) as usize))
 }
 
 /// Rows whose next token is an answer token.

@@ -245,12 +245,12 @@ pub fn fit(
                                     state.boost = (state.boost * BOOST).min(MAX_BOOST);
                                 }
                             }
-                            state.before = Some(trainer.pairs.params().cloned().collect());
+                            state.before = Some(trainer.params()?);
                         }
                     }
                     if done && check.nll > TOO_FAR * level {
                         // Settling may carry the forget set on: then the whole update shrinks.
-                        let start = trainer.pairs.start();
+                        let start = trainer.start()?;
                         check = take_back(trainer, stop, state, forget, &start, level)?;
                     }
                     state.checks.push(check);
@@ -375,17 +375,12 @@ fn take_back(
     before: &[Vec<f32>],
     level: f64,
 ) -> Result<Check, Error> {
-    let after: Vec<Vec<f32>> = trainer.pairs.params().cloned().collect();
+    let after = trainer.params()?;
     let (mut low, mut high) = (0f32, 1f32);
     let mut halvings = 0;
     loop {
         let at = (low + high) / 2.0;
-        for ((x, b), a) in trainer.pairs.params_mut().zip(before).zip(&after) {
-            for ((x, b), a) in x.iter_mut().zip(b).zip(a) {
-                *x = b + at * (a - b);
-            }
-        }
-        trainer.refresh()?;
+        trainer.set_between(before, &after, at)?;
         let now = check(trainer, stop, state, forget, level)?;
         halvings += 1;
         if now.nll < level {

@@ -4,6 +4,7 @@
 use super::adamw::linear_schedule;
 use super::config::TrainConfig;
 use super::fit::{Ended, Event, Watch};
+use super::memory::Budget;
 use super::order::Order;
 use super::trainer::{StepBatch, Trainer};
 use crate::data::Sample;
@@ -21,6 +22,9 @@ pub struct LearnState {
     pub until_prob: Option<f64>,
     /// Mean answer probability at the last look.
     pub prob: Option<f64>,
+    /// What memory was planned for: another plan might round otherwise.
+    #[serde(default)]
+    pub memory: Option<Budget>,
     order: Order,
 }
 
@@ -31,6 +35,7 @@ impl LearnState {
             steps,
             until_prob,
             prob: None,
+            memory: None,
             order: Order::new(config.seed, 4, n),
         }
     }

@@ -11,6 +11,7 @@ mod error;
 pub mod fit;
 pub mod learn;
 pub mod loss;
+pub mod memory;
 pub mod net;
 pub mod order;
 pub mod trainer;

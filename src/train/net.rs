@@ -56,38 +56,34 @@ impl NetReport {
 }
 
 /// Net updates of all pairs, projected once more where the constraint is hard (rounding of the
-/// factors in f32 leaves about 1e-7 of them in P).
+/// factors in f32 leaves about 1e-7 of them in P). Each pair goes as its net update comes.
 ///
 /// # Errors
 /// Weights that cannot be decoded.
 pub fn net_updates(
     open: &OpenModel,
-    pairs: &Pairs,
+    pairs: Pairs,
     constraint: Constraint,
 ) -> Result<Vec<NetReport>, Error> {
-    (0..pairs.list.len())
+    let scale = pairs.scale;
+    pairs
+        .list
         .into_par_iter()
         .with_max_len(1)
-        .map(|i| {
-            let pair = &pairs.list[i];
-            let mut net = pairs.net(i)?;
+        .map(|pair| {
+            let mut net = pair.net(scale)?;
             if constraint == Constraint::Project && !pair.basis.is_empty() {
                 net.project_output(&pair.basis)?;
             }
-            let w = open.weights.decoded(&pair.tensor.name)?;
-            let w_norm = w
-                .iter()
-                .map(|&v| f64::from(v) * f64::from(v))
-                .sum::<f64>()
-                .sqrt();
+            let w_norm = open.weights.sum_of_squares(&pair.tensor.name)?.sqrt();
             let norm = net.norm();
             Ok(NetReport {
-                tensor: pair.tensor.name.clone(),
                 norm,
                 relative_norm: if w_norm > 0.0 { norm / w_norm } else { 0.0 },
                 retain_fraction: net.retain_fraction(&pair.basis)?,
                 rank: pair.rank,
                 retain_rank: pair.basis.len() / pair.tensor.n_out,
+                tensor: pair.tensor.name,
                 net,
             })
         })

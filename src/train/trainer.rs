@@ -9,7 +9,7 @@ use crate::data::Sample;
 use crate::error::Error;
 use crate::graph::trained::{Factors, Trained};
 use crate::likelihood::SampleLoss;
-use crate::project::{RolTerm, rol};
+use crate::project::{RolTerm, project_lora_b, rol};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -55,17 +55,25 @@ pub struct StepBatch<'a> {
 }
 
 /// Parameters, moments, gradients and the graphs they are trained through.
+///
+/// Parameters, what they started from and gradients are in the graphs' memory alone, one copy each.
 pub struct Trainer<'m> {
     /// Graphs.
     pub engine: Engine<'m>,
-    /// Parameters.
-    pub pairs: Pairs,
     /// AdamW's moments, in the tape's order.
     pub moments: Vec<Moments>,
     /// Optimiser steps taken.
     pub step: u64,
+    /// Without their values ([`Pairs::hollow`]).
+    pairs: Pairs,
     factors: Factors,
-    grads: Vec<Vec<f32>>,
+}
+
+/// A pair in the middle of an optimiser step: parameters and gradients of A and B.
+#[derive(Default)]
+struct Turn {
+    params: [Vec<f32>; 2],
+    grads: [Vec<f32>; 2],
 }
 
 impl<'m> Trainer<'m> {
@@ -73,18 +81,93 @@ impl<'m> Trainer<'m> {
     ///
     /// # Errors
     /// When their memory cannot be had.
-    pub fn new(engine: Engine<'m>, pairs: Pairs) -> Result<Self, Error> {
+    pub fn new(engine: Engine<'m>, mut pairs: Pairs) -> Result<Self, Error> {
         let mut factors = engine.factors(pairs.factors())?;
         pairs.write_all(&mut factors)?;
         let lengths = pairs.lengths();
+        pairs.hollow();
+        factors.sum_gradients(&engine.cpu, &engine.template)?;
         Ok(Self {
             engine,
             moments: lengths.iter().map(|&n| Moments::new(n)).collect(),
-            grads: lengths.iter().map(|&n| vec![0.0; n]).collect(),
             factors,
             pairs,
             step: 0,
         })
+    }
+
+    /// What was trained: parameters with what they started from, moments, steps taken. The graphs
+    /// go first.
+    ///
+    /// # Errors
+    /// Never for pairs of this trainer.
+    pub fn into_parts(self) -> Result<(Pairs, Vec<Moments>, u64), Error> {
+        let Self {
+            engine,
+            moments,
+            step,
+            mut pairs,
+            factors,
+        } = self;
+        drop(engine);
+        pairs.fill(&factors)?;
+        Ok((pairs, moments, step))
+    }
+
+    /// The trained tensors in the tape's order: A, B of the first pair, ...
+    ///
+    /// # Errors
+    /// Never for pairs of this trainer.
+    pub fn params(&self) -> Result<Vec<Vec<f32>>, Error> {
+        self.read(0..self.pairs.list.len())
+    }
+
+    /// Parameters at which the net update is zero, in the tape's order: where RILA began; for
+    /// plain LoRA the A of now and B = 0.
+    ///
+    /// # Errors
+    /// Never for pairs of this trainer.
+    pub fn start(&self) -> Result<Vec<Vec<f32>>, Error> {
+        let n = self.pairs.list.len();
+        if self.pairs.list.iter().all(|p| p.initial.is_some()) {
+            return self.read(n..2 * n);
+        }
+        let mut params = self.params()?;
+        for b in params.iter_mut().skip(1).step_by(2) {
+            b.fill(0.0);
+        }
+        Ok(params)
+    }
+
+    fn read(&self, factors: std::ops::Range<usize>) -> Result<Vec<Vec<f32>>, Error> {
+        let mut values = Vec::new();
+        for i in factors {
+            let (mut a, mut b) = (Vec::new(), Vec::new());
+            self.factors.read(i, &mut a, &mut b)?;
+            values.extend([a, b]);
+        }
+        Ok(values)
+    }
+
+    /// Put the parameters at `from + at·(to − from)`.
+    ///
+    /// # Errors
+    /// Never for parameters of this trainer.
+    pub fn set_between(
+        &mut self,
+        from: &[Vec<f32>],
+        to: &[Vec<f32>],
+        at: f32,
+    ) -> Result<(), Error> {
+        let between = |i: usize| -> Vec<f32> {
+            let values = from[i].iter().zip(&to[i]);
+            values.map(|(b, a)| b + at * (a - b)).collect()
+        };
+        for i in 0..self.pairs.list.len() {
+            self.factors
+                .write(i, &between(2 * i), &between(2 * i + 1))?;
+        }
+        Ok(())
     }
 
     /// Losses of `samples` with the parameters as they are.
@@ -135,9 +218,7 @@ impl<'m> Trainer<'m> {
             })
             .collect();
         items.extend(remembered(&batch.retain, config.gamma / n_retain));
-        for g in &mut self.grads {
-            g.fill(0.0);
-        }
+        self.factors.clear_gradients()?;
         let dropout = (config.dropout > 0.0).then_some(Dropout {
             rate: config.dropout,
             seed: config.seed,
@@ -145,14 +226,12 @@ impl<'m> Trainer<'m> {
         });
         self.factors.dropout = dropout.is_some();
         let trained = Trained::Factors(&self.factors);
-        let losses = self
-            .engine
-            .gradients(trained, &items, dropout, &mut self.grads)?;
+        let losses = self.engine.gradients(trained, &items, dropout, &mut [])?;
         let rol = match config.constraint {
             Constraint::Rol if config.lambda > 0.0 => Some(self.add_rol(config)?),
             _ => None,
         };
-        let grad_norm = self.grad_norm();
+        let grad_norm = self.grad_norm()?;
         if !grad_norm.is_finite() {
             return Err(Error::NotFinite {
                 what: "the gradient",
@@ -168,18 +247,7 @@ impl<'m> Trainer<'m> {
             weight_decay: config.weight_decay,
             ..AdamWConfig::default()
         };
-        for ((x, g), m) in self
-            .pairs
-            .params_mut()
-            .zip(&self.grads)
-            .zip(&mut self.moments)
-        {
-            m.update(&adamw, x, g, lr, clip, self.step);
-        }
-        if config.constraint == Constraint::Project {
-            self.pairs.project()?;
-        }
-        self.pairs.write_trained(&mut self.factors)?;
+        self.update(&adamw, lr, clip, config.constraint == Constraint::Project)?;
         let (forget, retain) = losses.split_at(batch.forget.len());
         let mean = |set: &[SampleLoss], n: f32| {
             (!set.is_empty()).then(|| set.iter().map(|l| l.loss).sum::<f64>() / f64::from(n))
@@ -201,40 +269,94 @@ impl<'m> Trainer<'m> {
         }
     }
 
-    /// Parameters were changed from outside: bring them into the graphs' memory.
-    ///
-    /// # Errors
-    /// Never for the pairs this trainer was made with.
-    pub fn refresh(&mut self) -> Result<(), Error> {
-        self.pairs.write_all(&mut self.factors)
+    /// AdamW on every pair, a few at a time, and with `project` every B back into the complement of
+    /// its P.
+    fn update(
+        &mut self,
+        adamw: &AdamWConfig,
+        lr: f32,
+        clip: f32,
+        project: bool,
+    ) -> Result<(), Error> {
+        let width = rayon::current_num_threads();
+        let mut turns: Vec<Turn> = (0..width).map(|_| Turn::default()).collect();
+        for first in (0..self.pairs.list.len()).step_by(width) {
+            let pairs = &self.pairs.list[first..(first + width).min(self.pairs.list.len())];
+            for (i, turn) in turns.iter_mut().enumerate().take(pairs.len()) {
+                let [a, b] = &mut turn.params;
+                self.factors.read(first + i, a, b)?;
+                for (part, grad) in turn.grads.iter_mut().enumerate() {
+                    self.factors.gradient(2 * (first + i) + part, grad)?;
+                }
+            }
+            let moments = &mut self.moments[2 * first..2 * (first + pairs.len())];
+            let step = self.step;
+            turns
+                .par_iter_mut()
+                .zip(pairs)
+                .zip(moments.par_chunks_mut(2))
+                .with_max_len(1)
+                .try_for_each(|((turn, pair), moments)| {
+                    let of = turn.params.iter_mut().zip(&turn.grads).zip(moments);
+                    for ((x, g), m) in of {
+                        m.update(adamw, x, g, lr, clip, step);
+                    }
+                    if project && !pair.basis.is_empty() {
+                        let b = &mut turn.params[1];
+                        project_lora_b(b, &pair.basis, pair.rank, pair.tensor.n_out)?;
+                    }
+                    Ok::<(), Error>(())
+                })?;
+            for (i, turn) in turns.iter().enumerate().take(pairs.len()) {
+                let [a, b] = &turn.params;
+                self.factors.write(first + i, a, b)?;
+            }
+        }
+        Ok(())
     }
 
     fn add_rol(&mut self, config: &TrainConfig) -> Result<f64, Error> {
         let factor = config.rol.factor(self.pairs.total_rank());
-        let mut terms: Vec<RolTerm<'_>> = self
-            .pairs
-            .list
-            .iter()
-            .zip(self.grads.chunks_exact_mut(2))
-            .map(|(p, grads)| RolTerm {
-                lora_b: &p.b,
+        let n = self.pairs.list.len();
+        let mut of_b = Vec::with_capacity(n);
+        for i in 0..n {
+            let (mut a, mut b, mut grad) = (Vec::new(), Vec::new(), Vec::new());
+            self.factors.read(i, &mut a, &mut b)?;
+            self.factors.gradient(2 * i + 1, &mut grad)?;
+            of_b.push((b, grad));
+        }
+        let pairs = self.pairs.list.iter();
+        let mut terms: Vec<RolTerm<'_>> = pairs
+            .zip(&mut of_b)
+            .map(|(p, (b, grad))| RolTerm {
+                lora_b: b,
                 basis: &p.basis,
                 rank: p.rank,
                 n_out: p.tensor.n_out,
-                grad: &mut grads[1],
+                grad,
             })
             .collect();
         let sum = rol(&mut terms, config.lambda * factor as f32)?;
+        for (i, (_, grad)) in of_b.iter().enumerate() {
+            self.factors.set_gradient(2 * i + 1, grad)?;
+        }
         Ok(sum * factor)
     }
 
-    fn grad_norm(&self) -> f64 {
-        let squares: Vec<f64> = self
-            .grads
-            .par_iter()
-            .map(|g| g.iter().map(|&v| f64::from(v) * f64::from(v)).sum())
-            .collect();
-        squares.iter().sum::<f64>().sqrt()
+    fn grad_norm(&self) -> Result<f64, Error> {
+        let (mut squares, mut g) = (0.0, Vec::new());
+        for i in 0..self.moments.len() {
+            self.factors.gradient(i, &mut g)?;
+            squares += g.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>();
+        }
+        Ok(squares.sqrt())
+    }
+
+    /// Bytes of parameters, gradients, moments and bases.
+    pub fn bytes(&self) -> usize {
+        let moments: usize = self.moments.iter().map(|m| 8 * m.m.len()).sum();
+        let bases: usize = self.pairs.list.iter().map(|p| 4 * p.basis.len()).sum();
+        self.factors.bytes() + moments + bases
     }
 }
 

@@ -99,6 +99,7 @@ fn a_step_lowers_the_loss(open: &OpenModel, lr: f32) {
         None,
         &sub,
         1,
+        None,
         &mut |_, _| {},
     );
     let pairs = start(open, &adaptable, found.expect("subspaces"), &config).expect("pairs");

@@ -1,22 +1,26 @@
 //! A small graph under construction, and its gradients against finite differences.
 
-use nepenthe::ggml::{Cpu, Ctx, Tensor, sys};
+use nepenthe::ggml::{Backend, Ctx, Tensor, sys};
 use nepenthe::graph::GraphError;
 use nepenthe::graph::forward::{Record, Wanted};
 use nepenthe::graph::reverse::{Recomputed, gradients};
-use nepenthe::graph::rules::Weightless;
+use nepenthe::graph::rules::{Tile, Weightless};
 use nepenthe::rng::SplitMix64;
 
-/// No copies of weights, and small tiles of experts.
-pub struct NoWeights;
+/// Frozen weights without copies: they are decoded, in small tiles.
+pub struct Frozen(pub Vec<Tensor>);
 
-impl Weightless for NoWeights {
+impl Weightless for Frozen {
     fn transposed(&mut self, _: &mut Ctx, _: Tensor) -> Result<Option<Tensor>, GraphError> {
         Ok(None)
     }
 
-    fn tile(&self) -> usize {
-        256
+    fn tile(&self, w: Tensor) -> Option<Tile> {
+        let tile = Tile {
+            bytes: 256,
+            exact: true,
+        };
+        self.0.contains(&w).then_some(tile)
     }
 }
 
@@ -109,7 +113,7 @@ pub fn ints(values: &[i32]) -> [i32; 16] {
 /// `⟨seed, J·d⟩` by the rules against a difference quotient of step `h`, for random `seed` and
 /// directions d of one parameter at a time.
 pub fn check_at(h: f32, tolerance: f64, build: impl Fn(&mut Bench) -> Tensor) {
-    let mut cpu = Cpu::new(1).expect("a CPU");
+    let mut cpu = Backend::new(1).expect("a CPU");
     let mut b = Bench {
         c: Ctx::new(512).expect("a context"),
         record: Record::default(),
@@ -137,7 +141,7 @@ pub fn check_at(h: f32, tolerance: f64, build: impl Fn(&mut Bench) -> Tensor) {
         out,
         seed,
         &leaves,
-        &mut NoWeights,
+        &mut Frozen(constants.iter().map(|(t, _)| *t).collect()),
     )
     .expect("rules");
     let read = c.packed(out).expect("room");

@@ -1,8 +1,8 @@
 //! The rules of mixtures of experts: products chosen by id, their biases, scores selected by a
 //! ranking, and gates with limits.
 
-use super::bench::{Bench, NoWeights, check, check_at};
-use nepenthe::ggml::{Cpu, Ctx, Tensor, dequantize, quantize, sys};
+use super::bench::{Bench, Frozen, check, check_at};
+use nepenthe::ggml::{Backend, Ctx, Tensor, dequantize, quantize, sys};
 use nepenthe::graph::forward::{Record, floats};
 use nepenthe::graph::reverse::{Recomputed, gradients};
 use nepenthe::rng::SplitMix64;
@@ -51,9 +51,9 @@ fn biases_by_id() {
 /// Decoding tile by tile is exact: the same gradient from encoded experts as from their values.
 #[test]
 fn the_gradient_of_encoded_experts_is_that_of_their_values() {
-    let n = 256 * 7 * 3;
+    let n = WIDTH * 7 * 3;
     for ty in [12, 14, 8] {
-        let bytes = quantize(ty, &normals(n, 5), 256, None).expect("encodable");
+        let bytes = quantize(ty, &normals(n, 5), WIDTH, None).expect("encodable");
         let mut values = vec![0f32; n];
         dequantize(ty, &bytes, &mut values).expect("decodable");
         let encoded = gradient(ty, &bytes);
@@ -63,13 +63,16 @@ fn the_gradient_of_encoded_experts_is_that_of_their_values() {
     }
 }
 
-/// Of `[256, 1, 5]` activations through a stack `[256, 7, 3]`, for a seed of normal numbers.
+/// Two blocks of K-quants, and so two tiles.
+const WIDTH: usize = 512;
+
+/// Of `[512, 1, 5]` activations through a stack `[512, 7, 3]`, for a seed of normal numbers.
 fn gradient(ty: u32, stack: &[u8]) -> Vec<f32> {
-    let mut cpu = Cpu::new(1).expect("a CPU");
-    let (mut c, mut record) = (Ctx::new(128).expect("a context"), Record::default());
+    let mut cpu = Backend::new(1).expect("a CPU");
+    let (mut c, mut record) = (Ctx::new(1024).expect("a context"), Record::default());
     let mut leaf = |ty, ne| c.leaf(ty, ne, "").expect("a leaf");
-    let experts = leaf(ty, [256, 7, 3, 1]);
-    let x = leaf(sys::GGML_TYPE_F32, [256, 1, N_TOKENS, 1]);
+    let experts = leaf(ty, [WIDTH as i64, 7, 3, 1]);
+    let x = leaf(sys::GGML_TYPE_F32, [WIDTH as i64, 1, N_TOKENS, 1]);
     let ids = leaf(sys::GGML_TYPE_I32, [2, N_TOKENS, 1, 1]);
     let seed = leaf(sys::GGML_TYPE_F32, [7, 2, N_TOKENS, 1]);
     let src = [experts, x, ids];
@@ -81,7 +84,7 @@ fn gradient(ty: u32, stack: &[u8]) -> Vec<f32> {
         out,
         seed,
         &[x],
-        &mut NoWeights,
+        &mut Frozen(vec![experts]),
     )
     .expect("rules");
     let graph = c.graph(&grads).expect("a graph");
@@ -92,7 +95,7 @@ fn gradient(ty: u32, stack: &[u8]) -> Vec<f32> {
     c.write(ids, &IDS).expect("its length");
     c.write(seed, &normals(7 * 2 * 5, 9)).expect("its length");
     cpu.compute(&c, &plan, graph).expect("computable");
-    let mut g = vec![0f32; 256 * 5];
+    let mut g = vec![0f32; WIDTH * 5];
     c.read(grads[0], &mut g).expect("its length");
     g
 }

@@ -105,6 +105,17 @@ fn clamp() {
     });
 }
 
+/// Of a frozen weight, decoded a few columns at a time: 13 of them in tiles of 9.
+#[test]
+fn mul_mat_by_tiles() {
+    check(|b| {
+        let values = (0..13 * 7).map(|i| (i as f32 * 0.37).sin()).collect();
+        let w = b.constant(&[13, 7], values);
+        let x = b.param(&[13, 5]);
+        b.op(sys::GGML_OP_MUL_MAT, &[0; 16], &[w, x])
+    });
+}
+
 #[test]
 fn mul_mat() {
     check(|b| {

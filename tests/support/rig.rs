@@ -3,14 +3,15 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use nepenthe::data::GENERAL_TEXT;
-use nepenthe::ggml::{Adapter, Batch, Context, ContextOptions, Cpu, Offload, sys};
+use nepenthe::ggml::{Adapter, Backend, Batch, Context, ContextOptions, Offload, sys};
 use nepenthe::gguf::{GgmlType, GgufWriter, Metadata};
 use nepenthe::graph::batch::{Packed, Sequence};
+use nepenthe::graph::copies::{Copies, wanted};
 use nepenthe::graph::tape::{End, Parts, Tape};
 use nepenthe::graph::template::{Step, Template};
 use nepenthe::graph::trace::trace;
 use nepenthe::graph::trained::{Factor, Factors, Trained};
-use nepenthe::graph::weights::{EXPERT_COPIES, Transposed};
+use nepenthe::graph::weights::Transposed;
 use nepenthe::model::OpenModel;
 use nepenthe::rng::SplitMix64;
 use nepenthe::train::loss::{RowObjective, Target, grade};
@@ -31,13 +32,15 @@ pub struct Rig {
     pub open: OpenModel,
     /// Its graph.
     pub template: Template,
-    cpu: Cpu,
+    cpu: Backend,
     factors: Factors,
     values: Vec<(Vec<f32>, Vec<f32>)>,
     batch: Packed,
     targets: Vec<Target>,
-    /// Bytes that transposed copies of experts may take.
-    pub expert_copies: usize,
+    /// The copies of weights there may be, if not all.
+    pub copies: Option<Copies>,
+    /// Weights on the way back as they are, instead of in BF16.
+    pub exact: bool,
     /// As in [`Parts`].
     pub recompute: Option<usize>,
 }
@@ -47,7 +50,7 @@ impl Rig {
     pub fn new(path: &Path, objective: RowObjective) -> Self {
         let open = OpenModel::open(path, 0).expect("a good model");
         let template = trace(&open.model, &open.weights).expect("traceable");
-        let cpu = Cpu::new(1).expect("a CPU");
+        let cpu = Backend::new(1).expect("a CPU");
         let tokens = open.model.tokenize(GENERAL_TEXT, true, false);
         let (first, second) = (&tokens[..N_FIRST], &tokens[40..40 + N_SECOND]);
         let rows: Vec<usize> = (8..16).collect();
@@ -89,7 +92,8 @@ impl Rig {
             values,
             batch,
             targets,
-            expert_copies: EXPERT_COPIES,
+            copies: None,
+            exact: true,
             recompute: None,
         }
     }
@@ -121,7 +125,13 @@ impl Rig {
             recompute: self.recompute,
         };
         // Exact transposed weights: bf16 ones have an error of their own, 2.4e-3.
-        let mut transposed = Transposed::exact().expert_copies(self.expert_copies);
+        let mut transposed = match self.exact {
+            true => Transposed::exact(),
+            false => Transposed::default(),
+        };
+        if let Some(copies) = &self.copies {
+            transposed = transposed.only(copies.clone());
+        }
         let trained = match adapted {
             true => Trained::Factors(&self.factors),
             false => Trained::Nothing,
@@ -197,7 +207,7 @@ impl Rig {
 
     /// Compute this part on the GPU from now on.
     pub fn compute_on_gpu(&mut self, offload: Offload) {
-        self.cpu = Cpu::new(1)
+        self.cpu = Backend::new(1)
             .and_then(|cpu| cpu.on_gpu(offload))
             .expect("a GPU");
         let list = self.factors.list.clone();
@@ -269,6 +279,31 @@ pub fn gradients_do_not_depend_on_what_is_kept(rig: &mut Rig) {
         let all = norm(&mut b.iter().copied());
         assert!(off <= 1e-8 * all, "gradient {i}: {off} of {all}");
     }
+}
+
+/// Whichever weights have copies, gradients are the same to the bit; in BF16 they are within its error
+/// of the exact ones.
+pub fn gradients_do_not_depend_on_copies(rig: &mut Rig) {
+    let wanted = wanted(&rig.template, &rig.open.weights).expect("its own weights");
+    let all: u64 = wanted.iter().map(|w| w.bytes).sum();
+    let exact = rig.gradients();
+    rig.exact = false;
+    let copied = rig.gradients();
+    for room in [0, all / 2] {
+        let copies = Copies::within(&wanted, room);
+        assert!(copies.len() < wanted.len());
+        rig.copies = Some(copies);
+        // A plain copy of a type that is slow changes its products on the way forward.
+        let slow = wanted.iter().any(|w| !w.transposed);
+        assert!(slow || rig.gradients() == copied, "copies of {room} bytes");
+    }
+    for (i, (a, b)) in copied.iter().zip(&exact).enumerate() {
+        let norm = |g: &mut dyn Iterator<Item = f32>| g.map(|v| f64::from(v).powi(2)).sum::<f64>();
+        let off = norm(&mut a.iter().zip(b).map(|(a, b)| a - b));
+        let all = norm(&mut b.iter().copied());
+        assert!(off <= 1e-4 * all, "gradient {i}: {off} of {all}");
+    }
+    (rig.copies, rig.exact) = (None, true);
 }
 
 /// The derivative along a random direction of the factors of each tensor kind alone, so that an

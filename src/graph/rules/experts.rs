@@ -1,6 +1,6 @@
 //! Products with the matrices of chosen experts, which stay as they are, and their biases.
 
-use super::{Grads, GraphError, Weightless, tile_rows};
+use super::{Grads, GraphError, Weightless};
 use crate::ggml::{Ctx, Tensor, op_name, sys};
 use crate::graph::forward::Node;
 
@@ -27,9 +27,12 @@ pub fn vjp(
         unreachable!("built with three sources");
     };
     let g = c.packed(grad)?;
-    let full = match env.transposed_experts(c, experts)? {
+    let full = match env.transposed(c, experts)? {
         Some(turned) => c.mul_mat_id(turned, g, ids)?,
-        None => by_tiles(c, experts, g, ids, env.tile())?,
+        None => {
+            let tile = env.tile(experts).unwrap_or_default();
+            tile.product(c, experts, |c, w| Ok(c.mul_mat_id(w, g, ids)?))?
+        }
     };
     let db = if c.ne(full) == c.ne(b) {
         full
@@ -37,33 +40,4 @@ pub fn vjp(
         c.repeat_back(full, b)?
     };
     Ok(vec![None, Some(db), None])
-}
-
-/// `Σ over tiles of W_e[tile]ᵀ·g[tile]`: a tile is some rows of every expert, decoded and
-/// transposed, and its memory goes to the next one. All ops are ggml's own, and exact in f32.
-fn by_tiles(
-    c: &mut Ctx,
-    experts: Tensor,
-    g: Tensor,
-    ids: Tensor,
-    bytes: usize,
-) -> Result<Tensor, GraphError> {
-    let (ne, nb) = (c.ne(experts), c.nb(experts));
-    let (g_ne, g_nb) = (c.ne(g), c.nb(g));
-    let rows = tile_rows(ne, bytes);
-    let mut total = None;
-    for first in (0..ne[1]).step_by(rows as usize) {
-        let n = rows.min(ne[1] - first);
-        let tile = c.view(experts, [ne[0], n, ne[2], 1], nb, nb[1] * first as usize)?;
-        let tile = c.cast(tile, sys::GGML_TYPE_F32)?;
-        let turned = c.transposed(tile)?;
-        let part = c.view(g, [n, g_ne[1], g_ne[2], 1], g_nb, g_nb[0] * first as usize)?;
-        let part = c.packed(part)?;
-        let product = c.mul_mat_id(turned, part, ids)?;
-        total = Some(match total {
-            Some(sum) => c.add(sum, product)?,
-            None => product,
-        });
-    }
-    Ok(total.expect("experts have rows"))
 }

@@ -28,12 +28,15 @@ pub fn vjp(
         grads[0] = Some(left(c, a, b, grad)?);
     }
     if need[1] {
-        let at = match env.transposed(c, a)? {
-            Some(at) => at,
-            None => c.transposed(a)?,
-        };
         let g = c.packed(grad)?;
-        grads[1] = Some(c.mul_mat(at, g)?);
+        grads[1] = Some(match (env.transposed(c, a)?, env.tile(a)) {
+            (Some(at), _) => c.mul_mat(at, g)?,
+            (None, Some(tile)) => tile.product(c, a, |c, w| Ok(c.mul_mat(w, g)?))?,
+            (None, None) => {
+                let at = c.transposed(a)?;
+                c.mul_mat(at, g)?
+            }
+        });
     }
     Ok(grads)
 }

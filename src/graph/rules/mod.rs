@@ -12,6 +12,9 @@ mod experts;
 mod linear;
 mod norm;
 mod shape;
+mod tiles;
+
+pub use tiles::{TILE, Tile};
 
 use super::GraphError;
 use super::forward::Node;
@@ -19,35 +22,15 @@ use crate::ggml::{Ctx, Tensor, op_name, sys};
 
 /// What a rule can ask for besides the node itself.
 pub trait Weightless {
-    /// The transposed copy `[n_out, n_in]` of frozen weight leaf `w`, if `w` is one.
+    /// The transposed copy `[n_out, n_in]` (of a stack of experts: of each matrix) of frozen weight
+    /// leaf `w`, if `w` is one and a copy of it is kept.
     ///
     /// # Errors
     /// A weight that cannot be decoded, or no memory.
     fn transposed(&mut self, c: &mut Ctx, w: Tensor) -> Result<Option<Tensor>, GraphError>;
 
-    /// The same for a stack of experts `[n_in, n_out, n_expert]`; none where copies of all of them
-    /// would take too much memory, and they are decoded a [tile](Self::tile) at a time.
-    ///
-    /// # Errors
-    /// A weight that cannot be decoded, or no memory.
-    fn transposed_experts(&mut self, c: &mut Ctx, w: Tensor) -> Result<Option<Tensor>, GraphError> {
-        self.transposed(c, w)
-    }
-
-    /// Bytes of a tile of decoded experts.
-    fn tile(&self) -> usize {
-        TILE
-    }
-}
-
-/// Bytes of a tile of decoded experts, in f32. Two of them are held at a time: as decoded, and
-/// transposed.
-pub const TILE: usize = 64 << 20;
-
-/// Rows of each expert of a stack `[n_in, n_out, n_expert]` in a tile of `bytes`.
-pub fn tile_rows([n_in, n_out, n_expert, _]: [i64; 4], bytes: usize) -> i64 {
-    let row = 4 * (n_in * n_expert).max(1);
-    (bytes as i64 / row).clamp(1, n_out.max(1))
+    /// How frozen weight leaf `w` is decoded where there is no copy; none for other tensors.
+    fn tile(&self, w: Tensor) -> Option<Tile>;
 }
 
 /// Gradients of a node's sources, one slot each; none where no gradient is needed.
