@@ -6,7 +6,7 @@ use crate::error::Error;
 use crate::ggml::{Batch, Context, ContextOptions, Token};
 use crate::graph::batch::{Packed, Sequence};
 use crate::graph::reverse::first_without_rule;
-use crate::graph::tape::{End, Parts, Tape};
+use crate::graph::tape::{End, Part, Parts, Tape};
 use crate::graph::template::{self, Template};
 use crate::graph::trained::Trained;
 use crate::graph::weights::Transposed;
@@ -176,6 +176,7 @@ fn rebuilt_logits(
         weights: &open.weights,
         window: usize::try_from(open.model.n_swa()).ok().filter(|&w| w > 0),
         recompute: None,
+        part: Part::Whole,
     };
     let shape = (batch.n_tokens(), batch.n_padded_rows());
     let mut transposed = Transposed::default();

@@ -87,7 +87,8 @@ pub fn estimate(
     n_threads: usize,
     memory: Option<Budget>,
 ) -> Result<Estimate, Error> {
-    let mut engine = Engine::new(open, n_threads, config.train.micro_tokens)?;
+    let mut engine = Engine::new(open, n_threads, config.train.micro_tokens)?
+        .on_layers(config.train.layers.as_ref())?;
     let plan = plan(&mut engine, memory, sets, config, None)?;
     let adaptable = engine.template.adaptable.clone();
     let mut pairs = Pairs::lora(&adaptable, config.subspace.rank, 1.0, 0, Vec::new());

@@ -86,7 +86,8 @@ pub fn learn(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
     for notice in &notices {
         ui.notice(notice);
     }
-    let mut engine = Engine::new(open, job.n_threads, config.micro_tokens)?;
+    let mut engine =
+        Engine::new(open, job.n_threads, config.micro_tokens)?.on_layers(config.layers.as_ref())?;
     let adaptable = engine.template.adaptable.clone();
     let identity = Identity {
         base: of_model(open.weights.set())?,

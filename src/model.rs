@@ -67,8 +67,11 @@ impl OpenModel {
     }
 
     /// Blocks of the model.
+    ///
+    /// # Errors
+    /// A file that does not say.
     #[cfg(feature = "train")]
-    fn n_blocks(&self) -> Result<usize, Error> {
+    pub fn n_blocks(&self) -> Result<usize, Error> {
         let key = format!("{}.block_count", self.weights.arch()?);
         Ok(self.weights.set().metadata().get::<u32>(&key)? as usize)
     }

@@ -261,7 +261,8 @@ fn begin<'m>(
     ui: &mut dyn Ui,
 ) -> Result<(Trainer<'m>, Identity, RunState), Error> {
     let (open, config) = (job.open, &job.config);
-    let mut engine = Engine::new(open, job.n_threads, config.train.micro_tokens)?;
+    let mut engine = Engine::new(open, job.n_threads, config.train.micro_tokens)?
+        .on_layers(config.train.layers.as_ref())?;
     let adaptable = engine.template.adaptable.clone();
     let identity = Identity {
         base: of_model(open.weights.set())?,

@@ -9,6 +9,7 @@ use crate::project::RolNorm;
 use crate::sets::Sets;
 use crate::subspace_file;
 use crate::train::config::{Constraint, Init, Objective, Preset, TrainConfig, UnlearnConfig};
+use crate::train::layers::Layers;
 use crate::unlearn::{Job, Report, unlearn};
 use clap::Args;
 use std::path::{Path, PathBuf};
@@ -109,6 +110,10 @@ pub struct TrainArgs {
     /// Seed of data order, adapters and dropout
     #[arg(short, long)]
     pub seed: Option<u64>,
+    /// Adapt these layers alone, such as 8-15,20: a smaller patch and faster steps, as what lies below
+    /// is computed once
+    #[arg(long, value_name = "LAYERS")]
+    pub layers: Option<Layers>,
     /// Cut samples to this many tokens
     #[arg(long)]
     pub max_tokens: Option<usize>,
@@ -133,6 +138,9 @@ impl TrainArgs {
         if self.steps.is_some() || self.epochs.is_some() {
             c.steps = self.steps;
             c.epochs = self.epochs;
+        }
+        if self.layers.is_some() {
+            c.layers.clone_from(&self.layers);
         }
         c.warmup = self.warmup.or(c.warmup);
     }

@@ -15,6 +15,8 @@ pub mod forward;
 #[cfg(feature = "train")]
 pub mod head;
 #[cfg(feature = "train")]
+pub mod prefix;
+#[cfg(feature = "train")]
 pub mod recording;
 #[cfg(feature = "train")]
 pub mod reverse;

@@ -5,6 +5,7 @@ use super::GraphError;
 use super::attention::{Numbers, attentions, masks_only};
 use super::batch::{MaskKind, Packed};
 use super::forward::{Record, Wanted};
+use super::prefix::Prefix;
 use super::reverse::{Recomputed, gradients};
 use super::rules::{Tile, Weightless};
 use super::template::{Leaf, Step, Template};
@@ -36,6 +37,45 @@ pub struct Parts<'a> {
     /// Compute layers again on the way back instead of keeping their results, and attention by at
     /// most so many queries at a time: for long sequences.
     pub recompute: Option<usize>,
+    /// Which part of the graph.
+    pub part: Part<'a>,
+}
+
+/// A part of a graph.
+#[derive(Debug, Clone, Copy, Default)]
+pub enum Part<'a> {
+    /// All of it.
+    #[default]
+    Whole,
+    /// What is below the adapters: its output is what is read across, one tensor after another.
+    Below(&'a Prefix),
+    /// What is above, given what is read across ([`Tape::set_below`]).
+    Above(&'a Prefix),
+}
+
+impl Part<'_> {
+    /// Which entries of the template it computes or reads, for `last`.
+    fn needs(self, template: &Template, last: usize) -> Vec<bool> {
+        let (roots, given) = match self {
+            Self::Whole => (vec![last], &[][..]),
+            Self::Below(p) => (p.crossing.clone(), &[][..]),
+            Self::Above(p) => (vec![last], p.crossing.as_slice()),
+        };
+        let mut needed = vec![false; template.entries.len()];
+        roots.iter().for_each(|&i| needed[i] = true);
+        for i in (0..needed.len()).rev() {
+            if needed[i] && !given.contains(&i) {
+                let sources = template.entries[i].step.sources();
+                sources.iter().for_each(|&s| needed[s] = true);
+            }
+        }
+        needed
+    }
+
+    /// Whether entry `i` is computed elsewhere and given.
+    fn given(self, i: usize) -> bool {
+        matches!(self, Self::Above(p) if p.crossing.contains(&i))
+    }
 }
 
 /// Forward and backward graphs of one shape.
@@ -53,7 +93,9 @@ pub struct Tape {
     numbers: Option<Numbers>,
     dropout: Vec<(usize, Tensor)>,
     dropping: bool,
-    output: Tensor,
+    outputs: Vec<Tensor>,
+    /// What is read across from below, `[n, T]` each.
+    below: Vec<Tensor>,
     seed: Option<Tensor>,
     grads: Vec<Tensor>,
     /// Bytes of tensors that the plan does not place.
@@ -150,10 +192,13 @@ impl Tape {
         transposed: &mut Transposed,
     ) -> Result<Self, GraphError> {
         let template = parts.template;
-        let last = match end {
-            End::Hidden => template.hidden,
-            End::Logits => template.entries.len() - 1,
+        let last = match (parts.part, end) {
+            (Part::Below(prefix), _) => prefix.end - 1,
+            (_, End::Hidden) => template.hidden,
+            (_, End::Logits) => template.entries.len() - 1,
         };
+        let needed = parts.part.needs(template, last);
+        let mut below = Vec::new();
         let n_factors = match trained {
             Trained::Factors(f) => f.list.len(),
             _ => 0,
@@ -209,7 +254,14 @@ impl Tape {
             }
         }
         for (i, e) in template.entries.iter().enumerate().take(last + 1) {
-            if skipped.contains(&i) {
+            if !needed[i] || skipped.contains(&i) {
+                continue;
+            }
+            if parts.part.given(i) {
+                let x = c.leaf(e.ty, e.ne.map(|n| n.at(t, r)), &e.name)?;
+                inputs.push(x);
+                below.push(x);
+                built[i] = Some(x);
                 continue;
             }
             let of_block = e.step.sources().into_iter();
@@ -276,6 +328,7 @@ impl Tape {
                 Step::Cached { src, transposed } => {
                     record.cached(&mut c, source(*src), ne, *transposed)?
                 }
+                Step::Same(of) => source(*of),
                 Step::Adapter { base, x, tensor } => {
                     let (mut y, mut x) = (source(*base), source(*x));
                     if let Trained::Factors(f) = trained {
@@ -352,9 +405,17 @@ impl Tape {
             };
             built[i] = Some(tensor);
         }
-        let output = built[last].expect("built above");
-        c.set_output(output);
-        let full = c.graph(&[output])?;
+        let roots = match parts.part {
+            Part::Below(prefix) => prefix.crossing.as_slice(),
+            _ => &[last],
+        };
+        let outputs: Vec<Tensor> = roots
+            .iter()
+            .map(|&i| built[i].expect("built above"))
+            .collect();
+        outputs.iter().for_each(|&o| c.set_output(o));
+        let full = c.graph(&outputs)?;
+        let output = outputs[0];
         let n_forward = c.n_nodes(full);
         let mut grads = Vec::new();
         let mut seed = None;
@@ -395,7 +456,7 @@ impl Tape {
             let forward = c.graph_part(full, 0..n_forward)?;
             (forward, Some(c.graph_part(full, n_forward..n)?))
         };
-        if tokens.is_empty() {
+        if tokens.is_empty() && below.is_empty() {
             return Err(GraphError::Untraceable("its graph reads no tokens".into()));
         }
         let inputs = cpu.place(&mut c, &inputs)?.size();
@@ -425,7 +486,8 @@ impl Tape {
             numbers,
             dropping: !dropout.is_empty(),
             dropout,
-            output,
+            outputs,
+            below,
             seed,
             grads,
             apart: apart + inputs,
@@ -465,6 +527,29 @@ impl Tape {
             self.ctx.write(leaf, &mask)?;
         }
         self.dropping = fill.is_some();
+        Ok(())
+    }
+
+    /// Give what is read across from below, one tensor after another, as the tape of the part
+    /// [below](Part::Below) puts it out.
+    ///
+    /// # Errors
+    /// Another length.
+    pub fn set_below(&mut self, values: &[f32]) -> Result<(), GraphError> {
+        let wanted: usize = self.below.iter().map(|&b| self.ctx.n_elements(b)).sum();
+        if values.len() != wanted {
+            return Err(GraphError::Batch {
+                what: "values from below",
+                wanted,
+                found: values.len(),
+            });
+        }
+        let mut at = 0;
+        for &b in &self.below {
+            let n = self.ctx.n_elements(b);
+            self.ctx.write(b, &values[at..at + n])?;
+            at += n;
+        }
         Ok(())
     }
 
@@ -531,8 +616,12 @@ impl Tape {
             self.ctx.write(m, &batch.mask(kind))?;
         }
         cpu.compute(&self.ctx, &self.plan, self.forward)?;
-        out.resize(self.ctx.n_elements(self.output), 0.0);
-        self.ctx.read(self.output, out)?;
+        out.clear();
+        for &output in &self.outputs {
+            let at = out.len();
+            out.resize(at + self.ctx.n_elements(output), 0.0);
+            self.ctx.read(output, &mut out[at..])?;
+        }
         Ok(())
     }
 

@@ -67,6 +67,8 @@ pub enum Step {
         /// Index into [`Template::adaptable`].
         tensor: usize,
     },
+    /// Another entry as it is: where llama.cpp would add adapters of a weight that gets none here.
+    Same(usize),
     /// A ggml op.
     Op {
         /// ggml's number.
@@ -173,6 +175,25 @@ impl Template {
         adapted.iter().zip(reached).map(|(a, r)| *a && r).collect()
     }
 
+    /// Take adapters on those weights alone that `keep` says.
+    pub fn adapt_only(&mut self, keep: impl Fn(&Adaptable) -> bool) {
+        let mut number = Vec::new();
+        let mut kept = 0;
+        for t in &self.adaptable {
+            number.push(keep(t).then_some(kept));
+            kept += usize::from(number.last() != Some(&None));
+        }
+        for e in &mut self.entries {
+            if let Step::Adapter { base, tensor, .. } = &mut e.step {
+                match number[*tensor] {
+                    Some(n) => *tensor = n,
+                    None => e.step = Step::Same(*base),
+                }
+            }
+        }
+        self.adaptable.retain(keep);
+    }
+
     /// Whether rows of entry `i` are looked up by number, as token embeddings are.
     pub fn is_table(&self, i: usize) -> bool {
         self.entries.iter().any(|e| match &e.step {
@@ -235,6 +256,7 @@ impl Step {
             Self::Leaf(_) => Vec::new(),
             Self::Cached { src, .. } => vec![*src],
             Self::Adapter { base, x, .. } => vec![*base, *x],
+            Self::Same(of) => vec![*of],
             Self::Op { src, .. } => src.clone(),
         }
     }

@@ -2,6 +2,7 @@
 
 use super::answer_loss::AnswerLoss;
 use super::engine::Aim;
+use super::layers::Layers;
 use super::loss::RowObjective;
 use super::trainer::Forget;
 use crate::error::Error;
@@ -118,6 +119,9 @@ pub struct TrainConfig {
     pub dropout: f32,
     /// Seed of data order, adapters and dropout.
     pub seed: u64,
+    /// Layers that are adapted (none: all).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers: Option<Layers>,
     /// Longer samples are cut to this many tokens.
     pub max_tokens: usize,
     /// Tokens computed at a time: bounds the memory of activations, changes no result but for
@@ -150,6 +154,7 @@ impl Default for TrainConfig {
             rol: RolNorm::PerRank,
             dropout: 0.0,
             seed: 42,
+            layers: None,
             max_tokens: 512,
             micro_tokens: 256,
         }

@@ -1,7 +1,9 @@
 //! One place that owns the graphs: samples in, losses and gradients out.
 
 use super::answer_loss::AnswerLoss;
+use super::below::Below;
 use super::dropout::Dropout;
+use super::layers::Layers;
 use super::loss::{BatchLosses, Graded, RowObjective, Target};
 use super::memory::{Budget, Need, Plan, Shape, own_bytes};
 use crate::data::Sample;
@@ -11,10 +13,11 @@ use crate::graph::GraphError;
 use crate::graph::batch::{Packed, Sequence, TOKEN_PAD, pack};
 use crate::graph::copies::{Copies, wanted};
 use crate::graph::head::Head;
-use crate::graph::tape::{End, Parts, Tape};
-use crate::graph::template::{Entry, Step, Template};
+use crate::graph::prefix::Prefix;
+use crate::graph::tape::{End, Part, Parts, Tape};
+use crate::graph::template::{Adaptable, Entry, Step, Template};
 use crate::graph::trained::{Factor, Factors, Trained};
-use crate::graph::weights::{Transposed, Weights};
+use crate::graph::weights::{Transposed, Weights, block_of};
 use crate::likelihood::SampleLoss;
 use crate::model::OpenModel;
 use rayon::prelude::*;
@@ -106,6 +109,9 @@ pub struct Engine<'m> {
     transposed: Transposed,
     head: Head,
     tape: Option<(Tape, bool)>,
+    /// The part of the graph below the adapters, if some of it is.
+    prefix: Option<Prefix>,
+    below: Option<Below>,
     max_tokens: usize,
     /// Bytes that graphs may take, if they are counted.
     room: Option<u64>,
@@ -137,6 +143,7 @@ impl<'m> Engine<'m> {
                 weights: &open.weights,
                 window,
                 recompute: None,
+                part: Part::Whole,
             },
             &cpu,
             &mut transposed,
@@ -150,6 +157,8 @@ impl<'m> Engine<'m> {
             transposed,
             head,
             tape: None,
+            prefix: None,
+            below: None,
             max_tokens,
             room: None,
             too_long: LONG_TOKENS + 1,
@@ -158,6 +167,41 @@ impl<'m> Engine<'m> {
             seed: Vec::new(),
             grad: Vec::new(),
         })
+    }
+
+    /// Adapt these layers alone; what lies below the lowest is then computed once for each sample.
+    ///
+    /// # Errors
+    /// Layers that the model does not have.
+    pub fn on_layers(mut self, layers: Option<&Layers>) -> Result<Self, Error> {
+        let Some(layers) = layers else {
+            return Ok(self);
+        };
+        let n_blocks = self.open.n_blocks()?;
+        let adapted = |t: &Adaptable| block_of(&t.name).is_some_and(|b| layers.has(b));
+        if layers.last() >= n_blocks || !self.template.adaptable.iter().any(adapted) {
+            return Err(Error::Setting {
+                setting: "layers",
+                wanted: format!("layers from 0 to {}", n_blocks - 1),
+                found: layers.to_string(),
+            });
+        }
+        self.template.adapt_only(adapted);
+        self.prefix = Prefix::of(&self.template);
+        let widths = self.prefix.as_ref().map(|p| p.widths(&self.template));
+        self.below = widths.map(Below::new);
+        Ok(self)
+    }
+
+    /// Compute everything in every pass, for comparison.
+    pub fn without_prefix(mut self) -> Self {
+        (self.prefix, self.below) = (None, None);
+        self
+    }
+
+    /// Samples and bytes of what is kept of the layers below the adapted ones.
+    pub fn kept_below(&self) -> (usize, u64) {
+        self.below.as_ref().map_or((0, 0), Below::held)
     }
 
     /// Multiply with exact f32 weights on the way back, for gradient checks: see [`Transposed`].
@@ -244,6 +288,9 @@ impl<'m> Engine<'m> {
         self.room = Some(plan.graph);
         self.too_long = usize::MAX;
         self.transposed = Transposed::default().only(plan.copies.clone());
+        if let Some(below) = &mut self.below {
+            below.limit(plan.budget.0.saturating_sub(plan.bytes));
+        }
     }
 
     fn parts(&self, recompute: Option<usize>) -> Parts<'_> {
@@ -252,6 +299,7 @@ impl<'m> Engine<'m> {
             weights: &self.open.weights,
             window: self.window,
             recompute,
+            part: above(self.prefix.as_ref()),
         }
     }
 
@@ -339,7 +387,8 @@ impl<'m> Engine<'m> {
             }
             let masks = dropout.map(|d| (d, micro_batch));
             let gradient = grads.is_some();
-            let graded = self.forward(trained, &batch, &targets, masks, gradient)?;
+            let below = self.below(&sequences, &batch)?;
+            let graded = self.forward(trained, (&batch, below), &targets, masks, gradient)?;
             let mut at = 0;
             let mut spans = members.iter().map(|(_, _, rows)| {
                 at += rows.len();
@@ -376,11 +425,48 @@ impl<'m> Engine<'m> {
         Ok(losses)
     }
 
+    /// What is read across from below the adapters, kept from an earlier pass or computed now.
+    fn below(
+        &mut self,
+        sequences: &[Sequence<'_>],
+        batch: &Packed,
+    ) -> Result<Option<Vec<f32>>, Error> {
+        let (Some(prefix), Some(below)) = (&self.prefix, &mut self.below) else {
+            return Ok(None);
+        };
+        let shape = (batch.n_tokens(), batch.n_padded_rows());
+        if let Some(values) = below.of(sequences, shape.0) {
+            return Ok(Some(values));
+        }
+        let parts = Parts {
+            template: &self.template,
+            weights: &self.open.weights,
+            window: self.window,
+            recompute: (shape.0 >= self.too_long).then_some(QUERIES),
+            part: Part::Below(prefix),
+        };
+        let (cpu, copies) = (&mut self.cpu, &mut self.transposed);
+        let mut tape = Tape::new(
+            &parts,
+            Trained::Nothing,
+            End::Hidden,
+            shape,
+            false,
+            cpu,
+            copies,
+        )?;
+        let mut values = Vec::new();
+        tape.forward(cpu, batch, &mut values)?;
+        tape.retire(cpu);
+        below.keep(sequences, shape.0, &values);
+        Ok(Some(values))
+    }
+
     /// Losses of all rows; with `gradient`, the tape's seed `[n_embd, R]` is left behind.
     fn forward(
         &mut self,
         trained: Trained<'_>,
-        batch: &Packed,
+        (batch, below): (&Packed, Option<Vec<f32>>),
         targets: &[Target],
         dropout: Option<(Dropout, usize)>,
         gradient: bool,
@@ -393,6 +479,9 @@ impl<'m> Engine<'m> {
                 tape.set_dropout(Some(&|tensor, mask| d.fill(micro_batch, tensor, mask)))?;
             }
             None => tape.set_dropout(None)?,
+        }
+        if let Some(below) = below {
+            tape.set_below(&below)?;
         }
         tape.forward(&mut self.cpu, batch, &mut self.hidden)?;
         let mut losses = BatchLosses::new(targets, gradient);
@@ -461,6 +550,7 @@ impl<'m> Engine<'m> {
                 weights: &self.open.weights,
                 window: self.window,
                 recompute: again.then_some(QUERIES),
+                part: above(self.prefix.as_ref()),
             };
             let tape = Tape::new(
                 &parts,
@@ -494,6 +584,10 @@ impl<'m> Engine<'m> {
     pub fn factors(&self, list: Vec<Factor>) -> Result<Factors, Error> {
         Ok(Factors::new(&self.cpu, &self.template, list)?)
     }
+}
+
+fn above(prefix: Option<&Prefix>) -> Part<'_> {
+    prefix.map_or(Part::Whole, Part::Above)
 }
 
 /// The number of tokens up to which `inp_attn_scale` is what the trace saw of it, 1 throughout, where

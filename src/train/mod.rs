@@ -3,12 +3,14 @@
 pub mod adamw;
 pub mod adapters;
 pub mod answer_loss;
+pub mod below;
 pub mod checkpoint;
 pub mod config;
 pub mod dropout;
 pub mod engine;
 mod error;
 pub mod fit;
+pub mod layers;
 pub mod learn;
 pub mod loss;
 pub mod memory;

@@ -7,7 +7,7 @@ use nepenthe::ggml::{Adapter, Backend, Batch, Context, ContextOptions, Offload, 
 use nepenthe::gguf::{GgmlType, GgufWriter, Metadata};
 use nepenthe::graph::batch::{Packed, Sequence};
 use nepenthe::graph::copies::{Copies, wanted};
-use nepenthe::graph::tape::{End, Parts, Tape};
+use nepenthe::graph::tape::{End, Part, Parts, Tape};
 use nepenthe::graph::template::{Step, Template};
 use nepenthe::graph::trace::trace;
 use nepenthe::graph::trained::{Factor, Factors, Trained};
@@ -123,6 +123,7 @@ impl Rig {
                 .ok()
                 .filter(|&w| w > 0),
             recompute: self.recompute,
+            part: Part::Whole,
         };
         // Exact transposed weights: bf16 ones have an error of their own, 2.4e-3.
         let mut transposed = match self.exact {
