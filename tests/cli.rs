@@ -493,7 +493,7 @@ fn a_memory_budget() {
             memory,
         ]
     };
-    for bad in ["4", "G", "-1G", "1Q", "0M"] {
+    for bad in ["4", "G", "1Q", "0M"] {
         let stderr = fails(2, &with(bad));
         assert!(stderr.contains("2.5GB"), "{stderr}");
     }
