@@ -25,10 +25,7 @@ use nepenthe::patch::Patch;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
-use support::{Args, Fallible};
-
-const INTERVAL: Duration = Duration::from_millis(20);
+use support::{Args, Fallible, Used};
 
 fn main() -> Fallible<()> {
     let args = Args::parse();
@@ -78,17 +75,6 @@ fn main() -> Fallible<()> {
     Ok(())
 }
 
-/// What a process has used.
-#[derive(Debug, Default)]
-struct Used {
-    /// Most pages of all kinds at a time, bytes.
-    peak: u64,
-    file: u64,
-    anon: u64,
-    /// User and system seconds.
-    cpu: f64,
-}
-
 struct Bench {
     program: PathBuf,
     model: PathBuf,
@@ -119,7 +105,8 @@ impl Bench {
         if let Some(n) = args.value("--threads") {
             command.env("RAYON_NUM_THREADS", n);
         }
-        watch(&mut command)
+        // Exit code 5 is the gate's opinion of a random model, and no failure here.
+        support::watch(command.stdout(Stdio::null()), &[0, 5])
     }
 
     fn check(&self) -> Fallible<()> {
@@ -158,35 +145,4 @@ impl Bench {
         }
         Ok(())
     }
-}
-
-/// Run to the end. Exit code 5 is the gate's opinion of a random model, and no failure here.
-fn watch(command: &mut Command) -> Fallible<Used> {
-    let began = Instant::now();
-    let mut child = command.stdout(Stdio::null()).spawn()?;
-    let mut used = Used::default();
-    let status = loop {
-        if let Some(status) = child.try_wait()? {
-            break status;
-        }
-        // The process may end between the question and this.
-        if let Ok(text) = std::fs::read_to_string(format!("/proc/{}/status", child.id())) {
-            used.peak = used.peak.max(field(&text, "VmHWM:"));
-            used.file = used.file.max(field(&text, "RssFile:"));
-            used.anon = used.anon.max(field(&text, "RssAnon:"));
-        }
-        std::thread::sleep(INTERVAL);
-    };
-    used.cpu = support::child_cpu_seconds()?;
-    if !matches!(status.code(), Some(0 | 5)) {
-        return Err(format!("merge: {status} after {:.0?}", began.elapsed()).into());
-    }
-    Ok(used)
-}
-
-/// Bytes of a field of `/proc/PID/status`; 0 where a dying process no longer has it.
-fn field(status: &str, name: &str) -> u64 {
-    let line = status.lines().find_map(|l| l.strip_prefix(name));
-    let kib = line.and_then(|l| l.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    1024 * kib.unwrap_or(0)
 }

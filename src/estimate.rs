@@ -10,7 +10,7 @@ use crate::train::config::{Init, UnlearnConfig};
 use crate::train::engine::Engine;
 use crate::train::memory::Budget;
 use crate::train::trainer::{Forget, StepBatch, Trainer};
-use crate::unlearn::plan;
+use crate::unlearn::{most_rank, plan};
 use serde::Serialize;
 use std::time::Instant;
 
@@ -91,7 +91,7 @@ pub fn estimate(
         .on_layers(config.train.layers.as_ref())?;
     let plan = plan(&mut engine, memory, sets, config, None)?;
     let adaptable = engine.template.adaptable.clone();
-    let mut pairs = Pairs::lora(&adaptable, config.subspace.rank, 1.0, 0, Vec::new());
+    let mut pairs = Pairs::lora(&adaptable, most_rank(config, sets), 1.0, 0, Vec::new());
     if config.train.init == Init::Rila {
         for p in &mut pairs.list {
             p.initial = Some((p.a.clone(), p.b.clone()));
@@ -103,6 +103,7 @@ pub fn estimate(
         .map(|t| t.n_out * config.subspace.retain_rank)
         .sum();
     let mut trainer = Trainer::new(engine, pairs)?;
+    open.release();
     let step_seconds = seconds(&mut trainer, sets, config)?;
     let fixed = config.train.fixed_steps(sets.forget.len());
     let model_bytes = open.file_bytes();

@@ -152,6 +152,7 @@ pub fn unlearn(mut job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
     let sets = job.sets(ui)?;
     let (mut trainer, identity, mut state) = begin(&mut job, &sets, ui)?;
     trainer.engine.reset();
+    job.open.release();
     let before = measure_both(&job, &sets, &Vec::new(), "before", ui)?;
     job.open.release();
     if let Some(level) = &state.level {
@@ -311,6 +312,15 @@ fn begin<'m>(
     Ok((trainer, identity, RunState { fit, level, memory }))
 }
 
+/// Rank of the pairs, at most: RILA finds no more directions than there are forget samples.
+pub(crate) fn most_rank(config: &UnlearnConfig, sets: &Sets) -> usize {
+    let rank = config.subspace.rank;
+    match config.train.init {
+        Init::Rila => rank.min(sets.forget.len().min(CAPTURE_SAMPLES)),
+        Init::Lora => rank,
+    }
+}
+
 /// Plan memory for a run on `sets`, and keep to it.
 ///
 /// # Errors
@@ -325,7 +335,7 @@ pub(crate) fn plan(
     let largest = |bases: &[RetainBasis]| bases.iter().map(|b| b.rank).max().unwrap_or(0);
     let captured = sets.retain.len().min(CAPTURE_SAMPLES);
     let shape = Shape {
-        rank: config.subspace.rank,
+        rank: most_rank(config, sets),
         frozen: config.train.init == Init::Rila,
         basis: shared.map_or(config.subspace.retain_rank.min(captured), largest),
         // What a check may go back to, and where it came from.

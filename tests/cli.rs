@@ -479,3 +479,54 @@ fn a_full_disk_is_exit_code_6_and_leaves_nothing_behind() {
     let left = fs::read_dir(dir.path()).expect("readable").count();
     assert_eq!(left, 0, "{stderr}");
 }
+
+/// What a run may take changes which weights have copies and what is computed twice, and not a bit of
+/// the patch.
+#[test]
+fn a_memory_budget() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (model, forget, out) = (mini(), demo("forget.jsonl"), dir.path().join("p.gguf"));
+    let (model, forget, out) = (text(&model), text(&forget), text(&out));
+    let with = |memory: &'static str| {
+        [
+            "unlearn", "-m", model, "--forget", forget, "-o", out, "--steps", "3", "--memory",
+            memory,
+        ]
+    };
+    for bad in ["4", "G", "1Q", "0M"] {
+        let stderr = fails(2, &with(bad));
+        assert!(stderr.contains("2.5GB"), "{stderr}");
+    }
+    let stderr = fails(6, &with("1M"));
+    let least = stderr
+        .split_once("at least ")
+        .and_then(|(_, rest)| rest.split_once(" GB beside the model file"))
+        .unwrap_or_else(|| panic!("{stderr}"))
+        .0;
+    let least: f64 = least.parse().expect("a number");
+    assert!(
+        least < 0.4 && stderr.contains("--memory allows 0.00 GB"),
+        "{stderr}"
+    );
+    let tight = format!("{:.0}M", 1000.0 * least + 17.0);
+    let of = |name: &str, memory: &str| {
+        let patch = quick(dir.path(), name, &["--memory", memory]);
+        nepenthe::patch::Patch::open(&patch)
+            .expect("a patch")
+            .updates
+    };
+    assert!(of("tight.gguf", &tight) == of("wide.gguf", "8G"));
+    let estimate = |memory: &str| {
+        let mut args = with("8G").to_vec();
+        args[10] = memory;
+        args.extend(["--dry-run", "--json"]);
+        json(&args)
+    };
+    let (tight, wide) = (estimate(&tight), estimate("8G"));
+    let number = |e: &serde_json::Value, name: &str| e[name].as_u64().expect("a number");
+    assert!(number(&tight, "copies") < number(&wide, "copies"));
+    assert!(number(&tight, "memory_bytes") < number(&wide, "memory_bytes"));
+    let model_bytes = std::fs::metadata(model).expect("a file").len();
+    let resident = number(&wide, "memory_bytes") + model_bytes;
+    assert_eq!(number(&wide, "resident_bytes"), resident);
+}

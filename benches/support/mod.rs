@@ -5,6 +5,8 @@ use nepenthe::data::{Record, Sample, Template, build_samples, load_records};
 use nepenthe::model::OpenModel;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 pub type Fallible<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -140,4 +142,51 @@ pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let n = values.len();
     (values[(n - 1) / 2] + values[n / 2]) / 2.0
+}
+
+/// What a process has used.
+#[derive(Debug, Default)]
+pub struct Used {
+    /// Most pages of all kinds at a time, bytes.
+    pub peak: u64,
+    /// Most pages from files.
+    pub file: u64,
+    /// Most pages of its own.
+    pub anon: u64,
+    /// User and system seconds.
+    pub cpu: f64,
+}
+
+/// Between looks at a process.
+const INTERVAL: Duration = Duration::from_millis(20);
+
+/// Run `command` to its end, which must be one of `codes`.
+pub fn watch(command: &mut Command, codes: &[i32]) -> Fallible<Used> {
+    let (began, before) = (Instant::now(), child_cpu_seconds()?);
+    let mut child = command.spawn()?;
+    let mut used = Used::default();
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        // The process may end between the question and this.
+        if let Ok(text) = std::fs::read_to_string(format!("/proc/{}/status", child.id())) {
+            used.peak = used.peak.max(field(&text, "VmHWM:"));
+            used.file = used.file.max(field(&text, "RssFile:"));
+            used.anon = used.anon.max(field(&text, "RssAnon:"));
+        }
+        std::thread::sleep(INTERVAL);
+    };
+    used.cpu = child_cpu_seconds()? - before;
+    if !status.code().is_some_and(|c| codes.contains(&c)) {
+        return Err(format!("{command:?}: {status} after {:.0?}", began.elapsed()).into());
+    }
+    Ok(used)
+}
+
+/// Bytes of a field of `/proc/PID/status`; 0 where a dying process no longer has it.
+fn field(status: &str, name: &str) -> u64 {
+    let line = status.lines().find_map(|l| l.strip_prefix(name));
+    let kib = line.and_then(|l| l.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    1024 * kib.unwrap_or(0)
 }

@@ -2,7 +2,11 @@
 
 use super::model::{Form, write};
 use super::{rig, rig::Rig, support, table};
+use nepenthe::data::Sample;
 use nepenthe::graph::copies::Copies;
+use nepenthe::graph::trained::Trained;
+use nepenthe::model::OpenModel;
+use nepenthe::train::engine::{Engine, Item};
 use nepenthe::train::loss::RowObjective;
 use std::process::Command;
 
@@ -36,6 +40,28 @@ fn copies_do_not_change_a_bit() {
         let mut rig = Rig::new(&path, RowObjective::CrossEntropy);
         rig::gradients_do_not_depend_on_copies(&mut rig);
     }
+}
+
+/// From 8,192 positions on llama4 scales attention, which the recording has not seen.
+#[test]
+fn llama4_is_not_trained_past_where_it_scales_attention() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().join("model.gguf");
+    assert!(write(&table::llama4, Form::Exact, &support::mini(), &path));
+    let open = OpenModel::open(&path, 0).expect("a good model");
+    let mut engine = Engine::new(&open, 1, 256).expect("traceable");
+    let mut losses = |n: usize| {
+        let sample = Sample {
+            tokens: vec![5; n],
+            answers: std::iter::once(n - 2..n).collect(),
+            truncated: false,
+        };
+        engine.losses(Trained::Nothing, &[Item::remembered(&sample, 1.0)])
+    };
+    losses(64).expect("short");
+    let error = losses(8193).expect_err("long").to_string();
+    let wanted = "max-tokens: wanted at most 8191, as the model scales attention from there on";
+    assert!(error.starts_with(wanted), "{error}");
 }
 
 #[test]
