@@ -11,7 +11,7 @@ use nepenthe::data::{Record, Sample, build_samples};
 use nepenthe::ggml::{Backend, quantize};
 use nepenthe::gguf::{Array, GgmlType, Gguf, GgufWriter, Metadata, Value};
 use nepenthe::graph::batch::{Packed, Sequence, pack};
-use nepenthe::graph::tape::{End, Parts, Tape};
+use nepenthe::graph::tape::{End, Part, Parts, Tape};
 use nepenthe::graph::trace::trace;
 use nepenthe::graph::trained::{FreeWeights, Trained};
 use nepenthe::graph::weights::Transposed;
@@ -193,6 +193,7 @@ fn pretrain(start: &Path, trained: &Path, records: &[Record]) -> Fallible<()> {
         weights: &open.weights,
         window: None,
         recompute: None,
+        part: Part::Whole,
     };
     let mut transposed = Transposed::default();
     let mut tape: Option<Tape> = None;
