@@ -59,7 +59,7 @@ fn main() -> Fallible<()> {
         command.current_dir(dir.path());
         command.args(["unlearn", "-m", "model.gguf", "-o", "patch.gguf"]);
         command.args(["--forget", "forget.jsonl", "--retain", "retain.jsonl"]);
-        command.args(["--no-sketch", "--json"]);
+        command.args(["--no-sketch", "--no-generate", "--json"]);
         let given = |flag: &str, or: &str| args.value(flag).unwrap_or(or).to_owned();
         command.args(["--memory", &given("--memory", "2.5G")]);
         command.args(["--batch", &given("--batch", "2")]);

@@ -62,6 +62,8 @@ pub struct Job<'a> {
     pub force: bool,
     /// Leave beside the patch what a device without the texts needs to merge it.
     pub sketch: bool,
+    /// Write greedy answers before and after, for ROUGE: most of the time on a large model.
+    pub generate: bool,
     /// Where an interrupted run is put.
     pub checkpoint: PathBuf,
     /// Go on from there instead of starting.
@@ -431,7 +433,7 @@ fn measure(
         adapters,
         &job.template,
         &spread.collect::<Vec<Record>>(),
-        true,
+        job.generate,
         (job.config.train.max_tokens, job.n_threads),
         progress,
     )?;

@@ -92,6 +92,7 @@ impl Demo {
                 out: patch.clone(),
                 force: true,
                 sketch: false,
+                generate: true,
                 checkpoint: folder.join("demo.checkpoint"),
                 resume: false,
             },

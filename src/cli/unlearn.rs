@@ -58,6 +58,9 @@ pub struct Unlearn {
     /// Do not leave beside the patch the sketch that a device without the texts needs to merge it
     #[arg(long)]
     no_sketch: bool,
+    /// Measure before and after without greedy answers and their ROUGE
+    #[arg(long)]
+    no_generate: bool,
     /// Estimate memory, time and disk, and stop
     #[arg(long)]
     dry_run: bool,
@@ -317,6 +320,7 @@ impl Unlearn {
                 out: self.out.clone(),
                 force: self.force,
                 sketch: !self.no_sketch,
+                generate: !self.no_generate,
                 checkpoint: checkpoint.clone(),
                 resume: self.resume.is_some(),
             },
