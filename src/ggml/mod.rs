@@ -5,16 +5,20 @@
 //! answers with an error instead.
 #![allow(unsafe_code)]
 
+mod activations;
+mod arithmetic;
 mod backend;
 mod buffer;
 mod ctx;
 mod eval_hook;
 mod experts;
+mod graphs;
 mod llama;
 mod log;
 mod pages;
 mod plan;
 mod quant;
+mod shapes;
 mod turned;
 
 pub use backend::{Backend, Offload, Side, Split, gpu_name};
