@@ -7,8 +7,9 @@
 
 use super::GraphError;
 use super::forward::{Record, Wanted};
+use super::place::place_apart;
 use super::rules::{Tile, Weightless, vjp};
-use super::tape::{Parts, place_apart};
+use super::tape::Parts;
 use super::template::{Leaf, Step};
 use super::weights::{Transposed, Weights};
 use crate::ggml::{Backend, Ctx, Graph, Plan, Side, Tensor, dequantize, sys};

@@ -9,11 +9,17 @@
 pub mod attention;
 pub mod batch;
 #[cfg(feature = "train")]
+mod build;
+#[cfg(feature = "train")]
 pub mod copies;
 #[cfg(feature = "train")]
 pub mod forward;
 #[cfg(feature = "train")]
 pub mod head;
+#[cfg(feature = "train")]
+pub mod part;
+#[cfg(feature = "train")]
+mod place;
 #[cfg(feature = "train")]
 pub mod prefix;
 #[cfg(feature = "train")]

@@ -1,10 +1,11 @@
 //! One place that owns the graphs: samples in, losses and gradients out.
 
-use super::answer_loss::AnswerLoss;
 use super::below::Below;
 use super::dropout::Dropout;
+use super::item::rows_of;
+pub use super::item::{Aim, Item};
 use super::layers::Layers;
-use super::loss::{BatchLosses, Graded, RowObjective, Target};
+use super::loss::{BatchLosses, Graded, Target};
 use super::memory::{Budget, Need, Plan, Shape, own_bytes};
 use crate::data::Sample;
 use crate::error::Error;
@@ -36,68 +37,6 @@ const PASSING: u64 = 48 << 20;
 const UNKNOWN_BASE: u64 = 128 << 20;
 /// A plan does not hang on a few pages.
 const ROUND: u64 = 16 << 20;
-
-/// What a sample is trained towards.
-#[derive(Debug, Clone, Copy)]
-pub enum Aim<'a> {
-    /// Each answer row by itself.
-    Rows(RowObjective),
-    /// The answer as a whole, against another answer to the same question where there is one.
-    Answer {
-        /// The loss.
-        loss: AnswerLoss,
-        /// The preferred answer.
-        preferred: Option<&'a Sample>,
-    },
-}
-
-/// A sample to compute, what it is trained towards, and the weight of that.
-#[derive(Debug, Clone, Copy)]
-pub struct Item<'a> {
-    /// The sample.
-    pub sample: &'a Sample,
-    /// Its loss.
-    pub aim: Aim<'a>,
-    /// Factor of the gradients of each row, or of the answer.
-    pub weight: f32,
-}
-
-impl<'a> Item<'a> {
-    /// Cross-entropy on the answer rows.
-    pub fn remembered(sample: &'a Sample, weight: f32) -> Self {
-        Self {
-            sample,
-            aim: Aim::Rows(RowObjective::CrossEntropy),
-            weight,
-        }
-    }
-
-    /// Tokens computed for it.
-    pub fn n_tokens(&self) -> usize {
-        self.samples().map(|s| s.tokens.len()).sum()
-    }
-
-    fn preferred(&self) -> Option<&'a Sample> {
-        match self.aim {
-            Aim::Answer { preferred, .. } => preferred,
-            Aim::Rows(_) => None,
-        }
-    }
-
-    /// The sample and what it is compared with.
-    fn samples(&self) -> impl Iterator<Item = &'a Sample> {
-        std::iter::once(self.sample).chain(self.preferred())
-    }
-
-    /// Objective and weight of its rows. The factor of a whole answer is known only after all of
-    /// them, so they are graded as plain cross-entropy first.
-    fn row_target(&self) -> (RowObjective, f32) {
-        match self.aim {
-            Aim::Rows(objective) => (objective, self.weight),
-            Aim::Answer { .. } => (RowObjective::CrossEntropy, 1.0),
-        }
-    }
-}
 
 /// Graphs, scratch memory and threads for one model.
 pub struct Engine<'m> {
@@ -605,15 +544,4 @@ fn scaled_from(template: &Template, weights: &Weights) -> Result<Option<usize>, 
         _ => meta.get_opt::<u32>(&format!("{arch}.attention.temperature_length"))?,
     };
     Ok(length.map(|n| n.saturating_sub(1) as usize))
-}
-
-/// Rows whose next token is an answer token.
-fn rows_of(sample: &Sample) -> Vec<usize> {
-    sample
-        .answers
-        .iter()
-        .flat_map(|a| a.clone())
-        .filter(|&j| j > 0)
-        .map(|j| j - 1)
-        .collect()
 }

@@ -10,6 +10,7 @@ pub mod dropout;
 pub mod engine;
 mod error;
 pub mod fit;
+pub mod item;
 pub mod layers;
 pub mod learn;
 pub mod loss;
