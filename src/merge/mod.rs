@@ -17,6 +17,7 @@ pub mod leave;
 pub mod measure;
 pub mod moments;
 pub mod promote;
+mod refine;
 mod refit;
 pub mod rewrite;
 pub mod run;

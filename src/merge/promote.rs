@@ -5,6 +5,7 @@ use super::error::RoundError;
 use super::factor::Factor;
 use super::feedback::{Rounded, Search, round_rows};
 use super::grid::{Cells, Grid};
+use super::refine::refine;
 use crate::ggml::{dequantize, quantize};
 use crate::gguf::GgmlType;
 use rayon::prelude::*;
@@ -19,6 +20,8 @@ const CHUNK_ROWS: usize = 64;
 /// # Errors
 /// Types that ggml does not decode or encode, rows that are no blocks of either, and what
 /// [`round_rows`] refuses.
+///
+/// Where `to` has the levels of `from` among its own ([`refine`]), only the update is rounded.
 pub fn promote_rows(
     (from, bytes): (GgmlType, &[u8]),
     to: GgmlType,
@@ -49,6 +52,10 @@ pub fn promote_rows(
         }
         Ok(values)
     };
+    if let Some(mut out) = refine(from, to, bytes) {
+        let done = round_rows(&grid, &mut out, update, factor, search)?;
+        return Ok((out, done));
+    }
     let n_rows = bytes.len() / row_bytes;
     let chunks: Result<Vec<Vec<u8>>, RoundError> = (0..n_rows)
         .into_par_iter()
