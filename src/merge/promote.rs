@@ -21,7 +21,7 @@ const CHUNK_ROWS: usize = 64;
 /// Types that ggml does not decode or encode, rows that are no blocks of either, and what
 /// [`round_rows`] refuses.
 ///
-/// Where `to` has the levels of `from` among its own ([`refine`]), only the update is rounded.
+/// Where `to` has the levels of `from` among its own, only the update is rounded.
 pub fn promote_rows(
     (from, bytes): (GgmlType, &[u8]),
     to: GgmlType,
