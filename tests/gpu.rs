@@ -9,7 +9,7 @@ use nepenthe::ggml::{Offload, gpu_name};
 use nepenthe::patch::Patch;
 
 use nepenthe::train::loss::RowObjective;
-use rig::Rig;
+use rig::{Rig, distance};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
@@ -22,15 +22,6 @@ fn skipped() -> bool {
         None => println!("skipped: no GPU, or a build without a backend for it"),
     }
     name.is_none()
-}
-
-/// |a - b| / |b| over all tensors.
-fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
-    let square = |v: f32| f64::from(v) * f64::from(v);
-    let pairs = a.iter().flatten().zip(b.iter().flatten());
-    let off: f64 = pairs.map(|(a, b)| square(a - b)).sum();
-    let all: f64 = b.iter().flatten().map(|&b| square(b)).sum();
-    (off / all).sqrt()
 }
 
 #[test]
@@ -95,11 +86,9 @@ fn a_patch_made_on_a_gpu_is_that_of_the_cpu() {
             println!("{n}: {path} {f} {w}");
             assert!((f - w).abs() < 2e-3, "{n}: {path}: {f} {w}");
         }
-        let norms = ["relative_norm"].map(|k| {
-            let of = |v: &Value| v[k].as_f64().expect("a number");
-            of(&found) / of(&wanted)
-        });
-        assert!((norms[0] - 1.0).abs() < 0.02, "{n}: {norms:?}");
+        let norm = |v: &Value| v["relative_norm"].as_f64().expect("a number");
+        let ratio = norm(&found) / norm(&wanted);
+        assert!((ratio - 1.0).abs() < 0.02, "{n}: {ratio}");
         assert_eq!(on_gpu.updates.len(), patch.updates.len());
     }
 }

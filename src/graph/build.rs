@@ -390,13 +390,7 @@ impl<'a> Builder<'a> {
             unreachable!("called for ops");
         };
         let src: Vec<Tensor> = src.iter().map(|&s| self.source(s)).collect();
-        let ne = e.ne.map(|n| n.at(self.t, self.r));
-        let wanted = Wanted {
-            ne,
-            nb: nb.map(|n| n.at(self.t, self.r) as usize),
-            offset: offset.at(self.t, self.r) as usize,
-            ty: e.ty,
-        };
+        let wanted = Wanted::of(e, (nb, *offset), (self.t, self.r));
         if *op == sys::GGML_OP_MUL_MAT_ID {
             let ranking = self.c.view_root(src[2]);
             let used = self.c.ne(src[2])[0] as usize;
@@ -409,11 +403,12 @@ impl<'a> Builder<'a> {
             .record
             .emit(&mut self.c, *op, params, &src, Some(&wanted));
         let out = out.map_err(|err| name_op(err, self.parts, &e.name))?;
-        if self.c.ne(out) != ne {
+        if self.c.ne(out) != wanted.ne {
             return Err(GraphError::Untraceable(format!(
-                "{} comes out as {:?}, llama.cpp has {ne:?}",
+                "{} comes out as {:?}, llama.cpp has {:?}",
                 e.name,
-                self.c.ne(out)
+                self.c.ne(out),
+                wanted.ne
             )));
         }
         Ok(out)

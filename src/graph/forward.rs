@@ -1,6 +1,7 @@
 //! Building forward nodes from the template, and remembering them for the way back.
 
 use super::GraphError;
+use super::template::{Affine, Entry};
 use crate::ggml::{Ctx, OpError, Tensor, op_name, sys};
 
 /// One forward node: all that its vector-Jacobian rule needs to know.
@@ -50,6 +51,18 @@ pub struct Wanted {
     pub offset: usize,
     /// ggml's type number.
     pub ty: u32,
+}
+
+impl Wanted {
+    /// What entry `e`, an op, has at (T, R); strides and offset are a view's.
+    pub(super) fn of(e: &Entry, (nb, offset): (&[Affine; 4], Affine), (t, r): (i64, i64)) -> Self {
+        Self {
+            ne: e.ne.map(|n| n.at(t, r)),
+            nb: nb.map(|n| n.at(t, r) as usize),
+            offset: offset.at(t, r) as usize,
+            ty: e.ty,
+        }
+    }
 }
 
 impl Record {

@@ -108,12 +108,7 @@ impl Head {
                 )));
             };
             // The head has no tokens: only its rows count.
-            let wanted = Wanted {
-                ne: e.ne.map(|n| n.at(r, r)),
-                nb: nb.map(|n| n.at(r, r) as usize),
-                offset: offset.at(r, r) as usize,
-                ty: e.ty,
-            };
+            let wanted = Wanted::of(e, (nb, *offset), (r, r));
             let out = record.emit(&mut c, *op, params, &src, Some(&wanted))?;
             product.get_or_insert(out);
             built[i] = Some(out);

@@ -49,8 +49,7 @@ pub struct Engine<'m> {
     head: Head,
     tape: Option<(Tape, bool)>,
     /// The part of the graph below the adapters, if some of it is.
-    prefix: Option<Prefix>,
-    below: Option<Below>,
+    below: Option<(Prefix, Below)>,
     max_tokens: usize,
     /// Bytes that graphs may take, if they are counted.
     room: Option<u64>,
@@ -96,7 +95,6 @@ impl<'m> Engine<'m> {
             transposed,
             head,
             tape: None,
-            prefix: None,
             below: None,
             max_tokens,
             room: None,
@@ -126,21 +124,23 @@ impl<'m> Engine<'m> {
             });
         }
         self.template.adapt_only(adapted);
-        self.prefix = Prefix::of(&self.template);
-        let widths = self.prefix.as_ref().map(|p| p.widths(&self.template));
-        self.below = widths.map(Below::new);
+        let prefix = Prefix::of(&self.template);
+        self.below = prefix.map(|p| {
+            let widths = p.widths(&self.template);
+            (p, Below::new(widths))
+        });
         Ok(self)
     }
 
     /// Compute everything in every pass, for comparison.
     pub fn without_prefix(mut self) -> Self {
-        (self.prefix, self.below) = (None, None);
+        self.below = None;
         self
     }
 
     /// Samples and bytes of what is kept of the layers below the adapted ones.
     pub fn kept_below(&self) -> (usize, u64) {
-        self.below.as_ref().map_or((0, 0), Below::held)
+        self.below.as_ref().map_or((0, 0), |(_, b)| b.held())
     }
 
     /// Multiply with exact f32 weights on the way back, for gradient checks: see [`Transposed`].
@@ -227,7 +227,7 @@ impl<'m> Engine<'m> {
         self.room = Some(plan.graph);
         self.too_long = usize::MAX;
         self.transposed = Transposed::default().only(plan.copies.clone());
-        if let Some(below) = &mut self.below {
+        if let Some((_, below)) = &mut self.below {
             below.limit(plan.budget.0.saturating_sub(plan.bytes));
         }
     }
@@ -238,7 +238,7 @@ impl<'m> Engine<'m> {
             weights: &self.open.weights,
             window: self.window,
             recompute,
-            part: above(self.prefix.as_ref()),
+            part: above(self.below.as_ref()),
         }
     }
 
@@ -370,7 +370,7 @@ impl<'m> Engine<'m> {
         sequences: &[Sequence<'_>],
         batch: &Packed,
     ) -> Result<Option<Vec<f32>>, Error> {
-        let (Some(prefix), Some(below)) = (&self.prefix, &mut self.below) else {
+        let Some((prefix, below)) = &mut self.below else {
             return Ok(None);
         };
         let shape = (batch.n_tokens(), batch.n_padded_rows());
@@ -489,7 +489,7 @@ impl<'m> Engine<'m> {
                 weights: &self.open.weights,
                 window: self.window,
                 recompute: again.then_some(QUERIES),
-                part: above(self.prefix.as_ref()),
+                part: above(self.below.as_ref()),
             };
             let tape = Tape::new(
                 &parts,
@@ -525,8 +525,8 @@ impl<'m> Engine<'m> {
     }
 }
 
-fn above(prefix: Option<&Prefix>) -> Part<'_> {
-    prefix.map_or(Part::Whole, Part::Above)
+fn above(below: Option<&(Prefix, Below)>) -> Part<'_> {
+    below.map_or(Part::Whole, |(prefix, _)| Part::Above(prefix))
 }
 
 /// The number of tokens up to which `inp_attn_scale` is what the trace saw of it, 1 throughout, where

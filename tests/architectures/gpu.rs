@@ -2,7 +2,7 @@
 //! last block alone. Skips without a GPU; `.ci/check-vulkan` runs it on Mesa's software driver.
 
 use super::model::{Form, write};
-use super::rig::Rig;
+use super::rig::{Rig, distance};
 use super::table::Arch;
 use super::{support, table};
 use nepenthe::ggml::{Offload, gpu_name};
@@ -64,13 +64,4 @@ fn a_gpu_gives_the_gradients_of_the_cpu() {
     println!("other experts were chosen by {jumped:#?}");
     assert!(wrong.is_empty(), "{wrong:#?}");
     assert!(jumped.len() <= table::ALL.len() / 4, "{jumped:#?}");
-}
-
-/// |a - b| / |b| over all tensors.
-fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
-    let square = |v: f32| f64::from(v) * f64::from(v);
-    let pairs = a.iter().flatten().zip(b.iter().flatten());
-    let off: f64 = pairs.map(|(a, b)| square(a - b)).sum();
-    let all: f64 = b.iter().flatten().map(|&b| square(b)).sum();
-    (off / all).sqrt()
 }

@@ -440,3 +440,12 @@ fn moved(values: &Pairs, direction: &Pairs, h: f32) -> Pairs {
         .map(|((a, b), (da, db))| (add(a, da), add(b, db)))
         .collect()
 }
+
+/// |a - b| / |b| over all tensors.
+pub fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
+    let square = |v: f32| f64::from(v) * f64::from(v);
+    let pairs = a.iter().flatten().zip(b.iter().flatten());
+    let off: f64 = pairs.map(|(a, b)| square(a - b)).sum();
+    let all: f64 = b.iter().flatten().map(|&b| square(b)).sum();
+    (off / all).sqrt()
+}
