@@ -95,6 +95,8 @@ fn ours(model: &Path, data: &Path, n_threads: usize) -> Fallible<()> {
         &mut |_, _| {},
     )?;
     let pairs = start(&open, &adaptable, found, &config)?;
+    // As `unlearn` does: what llama.cpp read of the file is not needed any more.
+    open.release();
     let mut trainer = Trainer::new(engine, pairs)?;
     let step = StepBatch {
         forget: sets.forget[BATCH]

@@ -145,7 +145,7 @@ fn experts(
     let (mut bytes, mut decoded) = (0, 0);
     for stack in &stacks {
         bytes += open.weights.bytes(&stack.name)?.len();
-        decoded += usize::from(plan.is_some_and(|p| !p.copies.has(&stack.name, true)));
+        decoded += usize::from(plan.is_some_and(|p| !p.copies.has(&stack.name)));
     }
     let most = |of: fn(&template::Experts) -> usize| stacks.iter().map(of).max();
     Ok(most(|s| s.count)

@@ -74,9 +74,12 @@ fn memory_grows_in_proportion_to_tokens() {
     let (one, two, four) = (of(1057), of(2113), of(4225));
     let ratio = (four - two) / (two - one);
     assert!(ratio < 2.2, "{one} {two} {four} bytes: {ratio}");
-    // A batch that is kept whole takes more for a thousand tokens than this for four thousand.
-    let (kept, _) = step(&open, &[1023]);
-    assert!(kept as f64 > four, "{kept} {four}");
+    // So does that of batches that are kept whole, which take more of it for each token.
+    let kept = |n| step(&open, &[n]).0 as f64;
+    let (small, middle, large) = (kept(255), kept(511), kept(1023));
+    let ratio = (large - middle) / (middle - small);
+    assert!(ratio < 2.2, "{small} {middle} {large} bytes: {ratio}");
+    assert!(large / 1023.0 > 2.0 * four / 4225.0, "{large} {four}");
 }
 
 /// Several in one batch do not see each other, in attention by tiles too.

@@ -6,6 +6,7 @@
 
 use super::buffer::Buffer;
 use ggml_sys::{ggml_backend_buffer_type_t, ggml_cgraph, ggml_context, ggml_tensor};
+use std::collections::HashMap;
 use std::ffi::CString;
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
@@ -57,12 +58,15 @@ pub struct Ctx {
     pub(super) graphs: Vec<NonNull<ggml_cgraph>>,
     buffers: Vec<Arc<Buffer>>,
     pub(super) capacity: usize,
+    /// Rows in the order of [`super::product`], by what they are the rows of and whether in BF16.
+    pub(super) tiles: HashMap<(Tensor, bool), Tensor>,
+    on_cpu: bool,
 }
 
 pub(super) type Result<T> = std::result::Result<T, OpError>;
 
 impl Ctx {
-    /// A context with room for `capacity` tensors and three graphs of them.
+    /// A context with room for `capacity` tensors and four graphs of them.
     ///
     /// # Errors
     /// When ggml cannot allocate the headers.
@@ -71,7 +75,7 @@ impl Ctx {
         // SAFETY: plain size queries and a constructor.
         let raw = unsafe {
             let mem_size = capacity * (ggml_sys::ggml_tensor_overhead() + 16)
-                + 3 * ggml_sys::ggml_graph_overhead_custom(capacity, false)
+                + 4 * ggml_sys::ggml_graph_overhead_custom(capacity, false)
                 + 4096;
             ggml_sys::ggml_init(ggml_sys::ggml_init_params {
                 mem_size,
@@ -85,7 +89,20 @@ impl Ctx {
             graphs: Vec::new(),
             buffers: Vec::new(),
             capacity,
+            tiles: HashMap::new(),
+            on_cpu: true,
         })
+    }
+
+    /// A GPU is to compute what it can: ops of this project's own, which it lacks, are left to where
+    /// they are asked for.
+    pub fn for_gpu(&mut self) {
+        self.on_cpu = false;
+    }
+
+    /// Whether the CPU computes everything.
+    pub fn on_cpu(&self) -> bool {
+        self.on_cpu
     }
 
     pub(super) fn raw(&self) -> *mut ggml_context {
@@ -215,6 +232,11 @@ impl Ctx {
             stride *= if d == 0 { g.ne[0] / block } else { g.ne[d] } as usize;
         }
         true
+    }
+
+    /// Whether it has two dimensions at most.
+    pub fn is_matrix(&self, t: Tensor) -> bool {
+        self.ne(t)[2..] == [1, 1]
     }
 
     pub(super) fn is_f32(&self, t: Tensor) -> bool {
@@ -399,7 +421,7 @@ impl Ctx {
     }
 
     /// Whether the memory of `t`, which has some, is this host's.
-    pub(super) fn on_host(&self, t: Tensor) -> bool {
+    pub fn on_host(&self, t: Tensor) -> bool {
         let g = self.get(t);
         // SAFETY: a tensor with memory, or what it is a view of, has a live buffer.
         unsafe {

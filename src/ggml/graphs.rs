@@ -9,7 +9,7 @@ impl Ctx {
     /// A graph that computes `roots` and all they need, in the order in which they were made.
     ///
     /// # Errors
-    /// More than three graphs, or no root.
+    /// More than four graphs, or no root.
     pub fn graph(&mut self, roots: &[Tensor]) -> Result<Graph> {
         let g = self.new_graph()?;
         self.extend_graph(g, roots);
@@ -55,7 +55,7 @@ impl Ctx {
     /// Nodes `range` of `of`, as a graph of their own.
     ///
     /// # Errors
-    /// More than three graphs.
+    /// More than four graphs.
     pub fn graph_part(&mut self, of: Graph, range: std::ops::Range<usize>) -> Result<Graph> {
         let g = self.new_graph()?;
         let n = self.n_nodes(of);
@@ -154,10 +154,10 @@ impl Ctx {
     }
 
     fn new_graph(&mut self) -> Result<Graph> {
-        if self.graphs.len() >= 3 {
-            return Err(OpError::Backend("a context holds three graphs"));
+        if self.graphs.len() >= 4 {
+            return Err(OpError::Backend("a context holds four graphs"));
         }
-        // SAFETY: `new` reserved the memory of three graphs of this capacity.
+        // SAFETY: `new` reserved the memory of four graphs of this capacity.
         let raw = unsafe { ggml_sys::ggml_new_graph_custom(self.raw(), self.capacity, false) };
         self.graphs
             .push(NonNull::new(raw).ok_or(OpError::Full(self.capacity))?);

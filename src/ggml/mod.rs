@@ -7,30 +7,39 @@
 
 mod activations;
 mod arithmetic;
+mod attend;
 mod backend;
 mod buffer;
 mod ctx;
+mod custom;
+mod decode;
 mod eval_hook;
 mod experts;
+mod gelu;
 mod graphs;
+mod lanes;
 mod llama;
 mod log;
 mod pages;
 mod plan;
+mod product;
 mod quant;
 mod shapes;
 mod turned;
 
+pub use attend::{Attended, AttendedBack};
 pub use backend::{Backend, Offload, Side, Split, gpu_name};
 pub use buffer::Buffer;
 pub use ctx::{Ctx, Graph, OpError, Tensor};
 pub use eval_hook::{Hook, NodeView, Recorded, RecordedTensor};
+pub use gelu::{GELU_CUBIC, GELU_SCALE};
 pub use llama::{
     Adapter, Batch, Context, ContextOptions, DecodeError, LlamaError, Model, ModelOptions, Token,
 };
 pub use log::{last_messages, set_verbose};
 pub use pages::release_file;
 pub use plan::Plan;
+pub use product::{FAST_IS_BF16, Precision, Way};
 pub use quant::{QuantError, can_encode, dequantize, quantize};
 
 /// ggml's numeric names of types, ops and flags.

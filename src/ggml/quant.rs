@@ -1,5 +1,6 @@
 //! ggml's own decoders and reference encoders, on slices.
 
+use super::decode::Decoder;
 use ggml_sys::ggml_type;
 use thiserror::Error;
 
@@ -47,12 +48,13 @@ fn row_bytes(ty: ggml_type, n: usize) -> Option<usize> {
 /// # Errors
 /// An unknown type, or a byte count other than `out.len()` elements take.
 pub fn dequantize(ty: u32, bytes: &[u8], out: &mut [f32]) -> Result<(), QuantError> {
-    let unsupported = QuantError::Unsupported {
-        ty,
-        action: "decoded",
-    };
-    let Some(wanted) = row_bytes(ty, out.len()) else {
-        return Err(unsupported);
+    let Some((decoder, wanted)) =
+        Decoder::of(ty).and_then(|d| d.bytes(out.len()).map(|wanted| (d, wanted)))
+    else {
+        return Err(QuantError::Unsupported {
+            ty,
+            action: "decoded",
+        });
     };
     if bytes.len() != wanted {
         return Err(QuantError::Length {
@@ -61,21 +63,7 @@ pub fn dequantize(ty: u32, bytes: &[u8], out: &mut [f32]) -> Result<(), QuantErr
             found: bytes.len(),
         });
     }
-    if ty == ggml_sys::GGML_TYPE_F32 {
-        for (o, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-            *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-        }
-        return Ok(());
-    }
-    // SAFETY: the type number is in range (row_bytes); the table is static.
-    let decode = unsafe { (*ggml_sys::ggml_get_type_traits(ty)).to_float };
-    let Some(decode) = decode else {
-        return Err(unsupported);
-    };
-    // SAFETY: the decoder reads exactly `wanted` bytes and writes `out.len()` floats;
-    // ggml's block structs are read with unaligned-safe loads (alignment 1 or 2, and
-    // GGUF data is at least 8-aligned per tensor, rows a multiple of the block).
-    unsafe { decode(bytes.as_ptr().cast(), out.as_mut_ptr(), out.len() as i64) };
+    decoder.decode(bytes, out);
     Ok(())
 }
 

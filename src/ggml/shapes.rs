@@ -131,11 +131,16 @@ impl Ctx {
         }
     }
 
-    /// A contiguous transposed copy: `[m, n, …] → [n, m, …]`.
+    /// A contiguous transposed copy: `[m, n, …] → [n, m, …]`. ggml's own copies one element at a
+    /// time.
     ///
     /// # Errors
     /// No room.
     pub fn transposed(&mut self, a: Tensor) -> Result<Tensor> {
+        let ne = self.ne(a);
+        if self.on_cpu() && self.is_f32(a) && self.rows_packed(a) && ne[3] == 1 {
+            return self.turned(a, 0..ne[0], ggml_sys::GGML_TYPE_F32);
+        }
         let t = self.transpose(a)?;
         self.cont(t, self.ne(t))
     }

@@ -4,15 +4,13 @@
 //! of each row at a time: 5 ns a weight on one thread, more than a product with 256 tokens takes.
 
 use super::ctx::{Ctx, Result, Tensor};
-use super::quant::dequantize;
-use ggml_sys::{ggml_tensor, llama};
+use super::custom::number;
+use super::decode::Decoder;
+use ggml_sys::ggml_tensor;
 use half::bf16;
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
-use std::ptr::null_mut;
 
-/// ggml's `GGML_N_TASKS_MAX`.
-const ALL_THREADS: c_int = -1;
 /// Rows decoded at a time: a cache line of each column in BF16.
 const ROWS: usize = 32;
 /// Columns decoded at a time, a block of K-quants, and the distance of rows in the scratch memory:
@@ -51,25 +49,9 @@ impl Ctx {
             "whole blocks of a weight, as BF16 or f32",
             &[w],
         )?;
-        let mut source = self.ptr(w);
-        // SAFETY: checked above; the callback reads the node's own header, and the first column
-        // travels in the user pointer, which is never followed.
-        let raw = unsafe {
-            llama::ggml_custom_4d(
-                self.raw(),
-                ty,
-                ne[1],
-                columns.end - columns.start,
-                ne[2],
-                1,
-                &raw mut source,
-                1,
-                Some(turn),
-                ALL_THREADS,
-                null_mut::<c_void>().wrapping_byte_add(columns.start as usize),
-            )
-        };
-        self.keep(raw)
+        let shape = (ty, [ne[1], columns.end - columns.start, ne[2], 1]);
+        // SAFETY: checked above.
+        unsafe { self.custom(shape, &[w], turn, columns.start as usize) }
     }
 }
 
@@ -84,7 +66,7 @@ unsafe extern "C" fn turn(dst: *mut ggml_tensor, ith: c_int, nth: c_int, first: 
         nb: [src.nb[1], src.nb[2]],
         n_out: src.ne[1] as usize,
         n: src.ne[2] as usize,
-        columns: first.addr()..first.addr() + dst.ne[1] as usize,
+        columns: number(first)..number(first) + dst.ne[1] as usize,
         thread: ith as usize..nth as usize,
     };
     if dst.type_ == ggml_sys::GGML_TYPE_F32 {
@@ -108,13 +90,8 @@ struct Share {
 
 impl Share {
     fn turn<T: Copy + Default>(&self, out: *mut T, convert: impl Fn(f32) -> T) {
-        // SAFETY: plain size queries on a valid type.
-        let (block, size) = unsafe {
-            (
-                ggml_sys::ggml_blck_size(self.ty) as usize,
-                ggml_sys::ggml_type_size(self.ty),
-            )
-        };
+        let decoder = Decoder::of(self.ty).expect("a type with a decoder");
+        let (block, size) = (decoder.block, decoder.size);
         let groups = self.n_out.div_ceil(ROWS);
         let mut decoded = [0f32; COLUMNS];
         let mut rows = [T::default(); ROWS * STRIDE];
@@ -131,7 +108,7 @@ impl Share {
                         std::slice::from_raw_parts(self.source.add(at), length)
                     };
                     let decoded = &mut decoded[..n_columns];
-                    dequantize(self.ty, bytes, decoded).expect("a type with a decoder");
+                    decoder.decode(bytes, decoded);
                     for (to, x) in line.iter_mut().zip(decoded) {
                         *to = convert(*x);
                     }
@@ -153,7 +130,7 @@ impl Share {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Backend, quantize};
+    use super::super::{Backend, dequantize, quantize};
     use super::*;
 
     /// Every element where it belongs: odd numbers of rows, several matrices, parts of the columns.

@@ -8,7 +8,7 @@
 //! packed batch sees keys l(q) to q.
 
 use super::GraphError;
-use super::forward::{Record, Wanted, floats};
+use super::forward::{ATTEND, Record, Wanted, attended, float, floats};
 use super::template::{Leaf, Step, Template};
 use crate::ggml::{Ctx, Tensor, sys};
 use std::collections::HashMap;
@@ -94,7 +94,74 @@ pub fn masks_only(
     readers.all(|i| softmaxes.contains(&i))
 }
 
+/// Those of `attentions` that [`Ctx::attend`] computes: nothing between products and softmax, no
+/// sinks, no scores that fall with distance, and a mask that nothing else reads.
+pub fn plain(
+    template: &Template,
+    attentions: &HashMap<usize, Attention>,
+) -> HashMap<usize, Attention> {
+    let plain = |a: &Attention| match (a.scores.as_slice(), &template.entries[a.softmax()].step) {
+        ([_, _], Step::Op { params, src, .. }) if src.len() == 2 && float(params, 1) == 0.0 => {
+            let mask = &template.entries[src[1]].step;
+            matches!(
+                mask,
+                Step::Leaf(Leaf::Mask {
+                    distance: false,
+                    ..
+                })
+            )
+        }
+        _ => false,
+    };
+    let found: HashMap<usize, Attention> = attentions
+        .iter()
+        .filter(|(_, a)| plain(a))
+        .map(|(&i, a)| (i, a.clone()))
+        .collect();
+    let own = |a: &Attention| {
+        let mask = template.entries[a.softmax()].step.sources()[1];
+        masks_only(template, &found, mask)
+    };
+    let kept = found.iter().filter(|(_, a)| own(a));
+    kept.map(|(&i, a)| (i, a.clone())).collect()
+}
+
 impl Attention {
+    /// Its softmax.
+    fn softmax(&self) -> usize {
+        self.scores[self.scores.len() - 1]
+    }
+
+    /// Emit it as one node, if [`Ctx::attend`] takes its sources; `source` as for
+    /// [`Attention::emit`].
+    ///
+    /// # Errors
+    /// No room.
+    pub fn emit_whole(
+        &self,
+        c: &mut Ctx,
+        record: &mut Record,
+        template: &Template,
+        source: &dyn Fn(usize) -> Tensor,
+    ) -> Result<Option<Tensor>, GraphError> {
+        let sources = |i: usize| template.entries[i].step.sources();
+        let (scores, softmax) = (sources(self.scores[0]), sources(self.softmax()));
+        let Step::Op { params, .. } = &template.entries[self.softmax()].step else {
+            unreachable!("an attention is made of ops");
+        };
+        let src = [
+            source(scores[1]),
+            source(scores[0]),
+            source(sources(self.out)[0]),
+            source(softmax[1]),
+        ];
+        if !c.attends(&attended(params, &src)) {
+            return Ok(None);
+        }
+        let out = record.emit(c, ATTEND, &floats(&[float(params, 0)]), &src, None)?;
+        Ok(Some(out))
+    }
+
     /// Its entries but the last.
     pub fn inner(&self) -> &[usize] {
         &self.scores

@@ -1,7 +1,7 @@
 //! A template's entries into nodes of one batch shape, and those into the nodes of their gradients.
 
 use super::GraphError;
-use super::attention::{Attention, Numbers, attentions, masks_only};
+use super::attention::{Attention, Numbers, attentions, masks_only, plain};
 use super::batch::MaskKind;
 use super::forward::{Record, Wanted};
 use super::part::Part;
@@ -10,8 +10,8 @@ use super::rules::{Tile, Weightless};
 use super::tape::{End, Parts};
 use super::template::{Entry, Leaf, Step};
 use super::trained::Trained;
-use super::weights::{Transposed, Weights, block_of};
-use crate::ggml::{Backend, Ctx, Side, Tensor, sys};
+use super::weights::{Transposed, Weights, block_of, is_slow};
+use crate::ggml::{Backend, Ctx, Precision, Side, Tensor, sys};
 use std::collections::{HashMap, HashSet};
 
 /// Ids of experts in a graph: the first `used` of each row of `ranking`, i32 `[n, T]`.
@@ -26,6 +26,7 @@ struct Env<'a> {
     transposed: &'a mut Transposed,
     cpu: &'a Backend,
     frozen: HashMap<Tensor, String>,
+    factors: HashSet<Tensor>,
 }
 
 impl Weightless for Env<'_> {
@@ -34,6 +35,18 @@ impl Weightless for Env<'_> {
             return Ok(None);
         };
         self.transposed.leaf(c, self.weights, self.cpu, name)
+    }
+
+    fn decoded(&self, w: Tensor) -> Option<Precision> {
+        match self.frozen.get(&w) {
+            Some(name) => self.transposed.decoded(self.cpu, name),
+            None => self.products().filter(|_| self.factors.contains(&w)),
+        }
+    }
+
+    fn products(&self) -> Option<Precision> {
+        let on_host = self.cpu.gpu().is_none();
+        on_host.then_some(self.transposed.precision())
     }
 
     fn tile(&self, w: Tensor) -> Option<Tile> {
@@ -107,6 +120,11 @@ pub(super) struct Builder<'a> {
     /// Attention that is computed a few queries at a time, by the entry it ends in.
     tiled: HashMap<usize, Attention>,
     n_queries: usize,
+    /// Attention that one op computes, if its sources fit.
+    whole: HashSet<usize>,
+    trains: bool,
+    /// Ops of this project's own on the way forward.
+    own_ops: bool,
     block: Option<usize>,
     /// The first node of each block.
     begins: Vec<usize>,
@@ -132,8 +150,12 @@ impl<'a> Builder<'a> {
             + 64 * n_factors
             + n_tile_nodes(parts, transposed.tile())?
             + 1024;
+        let is_below = matches!(parts.part, Part::Below(_));
+        let trains = is_below || matches!(trained, Trained::Factors(_));
+        let own_ops = trains && cpu.gpu().is_none() && transposed.precision() == Precision::Fast;
         let tiled = match parts.recompute {
             Some(n) if n < n_tokens => attentions(template),
+            _ if own_ops => plain(template, &attentions(template)),
             _ => HashMap::new(),
         };
         let n_queries = parts.recompute.unwrap_or(n_tokens).max(1);
@@ -159,12 +181,21 @@ impl<'a> Builder<'a> {
             params: Vec::new(),
             factors: Vec::new(),
             free: HashMap::new(),
+            whole: match own_ops {
+                true => plain(template, &tiled).into_keys().collect(),
+                false => HashSet::new(),
+            },
             tiled,
             n_queries,
+            trains,
+            own_ops,
             block: None,
             begins: Vec::new(),
             first_on_gpu: None,
         };
+        if cpu.gpu().is_some() {
+            builder.c.for_gpu();
+        }
         builder.trained_leaves()?;
         Ok(builder)
     }
@@ -175,6 +206,12 @@ impl<'a> Builder<'a> {
                 for (i, factor) in f.list.iter().enumerate() {
                     let (a, b) = f.leaves(&mut self.c, self.parts.template, i)?;
                     self.factors.push((a, b));
+                    if self.own_ops {
+                        // Differences of factors are small beside them: not for BF16.
+                        self.record
+                            .decoded
+                            .extend([a, b].map(|f| (f, Precision::Exact)));
+                    }
                     if factor.trainable && self.gradient {
                         self.params.extend([a, b]);
                     }
@@ -274,7 +311,7 @@ impl<'a> Builder<'a> {
             Step::Same(of) => Ok(self.source(*of)),
             Step::Adapter { base, x, tensor } => self.adapter(*base, *x, *tensor),
             Step::Op { .. } => match self.tiled.get(&i).cloned() {
-                Some(attention) => self.attention(&attention),
+                Some(attention) => self.attention(i, &attention),
                 None => self.op(e),
             },
         }
@@ -286,19 +323,21 @@ impl<'a> Builder<'a> {
             return Ok(w);
         }
         let (template, weights) = (self.parts.template, self.parts.weights);
-        let trains = matches!(self.trained, Trained::Factors(_));
-        let adapted = || template.adaptable.iter().any(|t| t.name == *name);
-        let copied = match self.cpu.side_of(block_of(name)) {
-            // Rows are looked up where the table is: it stays on the host.
-            Side::Device => !template.is_table(i),
-            Side::Host => trains && adapted(),
+        // Rows are looked up where the table is: it stays on the host.
+        let on_device = self.cpu.side_of(block_of(name)) == Side::Device && !template.is_table(i);
+        let w = match on_device {
+            true => self
+                .transposed
+                .plain(&mut self.c, weights, self.cpu, name)?,
+            false => weights.leaf(&mut self.c, name)?,
         };
-        let w = if copied {
-            self.transposed
-                .plain(&mut self.c, weights, self.cpu, name)?
-        } else {
-            weights.leaf(&mut self.c, name)?
-        };
+        if self.trains
+            && is_slow(weights.info(name)?.ty)
+            && let Some(precision) = self.transposed.decoded(self.cpu, name)
+            && precision == Precision::Fast
+        {
+            self.record.decoded.insert(w, precision);
+        }
         self.frozen.insert(w, name.to_owned());
         Ok(w)
     }
@@ -360,7 +399,15 @@ impl<'a> Builder<'a> {
         Ok(y)
     }
 
-    fn attention(&mut self, attention: &Attention) -> Result<Tensor, GraphError> {
+    fn attention(&mut self, i: usize, attention: &Attention) -> Result<Tensor, GraphError> {
+        if self.whole.contains(&i) {
+            let template = self.parts.template;
+            let source = |i: usize| self.built[i].expect("sources come before readers");
+            let (c, record) = (&mut self.c, &mut self.record);
+            if let Some(out) = attention.emit_whole(c, record, template, &source)? {
+                return Ok(out);
+            }
+        }
         let numbers = match self.inputs.numbers {
             Some(numbers) => numbers,
             None => {
@@ -431,6 +478,7 @@ impl<'a> Builder<'a> {
             transposed: self.transposed,
             cpu: self.cpu,
             frozen: std::mem::take(&mut self.frozen),
+            factors: self.factors.iter().flat_map(|&(a, b)| [a, b]).collect(),
         };
         if self.parts.recompute.is_some() {
             // The last layer comes first on the way back: its results are still at hand.

@@ -1,16 +1,16 @@
-//! Which weights get copies beside the mapped file, where there is not memory for all.
+//! Which stacks of experts get transposed copies beside the mapped file, where there is not memory
+//! for all. Other weights are decoded as they are multiplied.
 //!
-//! Every copy is BF16: two bytes a weight. A plain copy of a type that ggml multiplies slowly spares
-//! the way forward one slow product a step; a transposed copy spares the way back the decoding of
-//! the weight (about 1 ns each on one thread). So the plain ones come first, and among the
-//! transposed ones none is worth more for its bytes than another: they are taken as the way back
-//! meets them.
+//! Every copy is BF16: two bytes a weight. It spares the way back the decoding of the weight (about
+//! 1 ns each on one thread). None is worth more for its bytes than another: they are taken as the
+//! way back meets them.
 
 use super::GraphError;
 use super::rules::carries;
 use super::template::{Leaf, Step, Template};
-use super::weights::{Weights, is_slow};
+use super::weights::Weights;
 use crate::ggml::sys;
+use crate::gguf::TensorInfo;
 use std::collections::HashSet;
 
 /// One copy that would spare time.
@@ -18,8 +18,6 @@ use std::collections::HashSet;
 pub struct Wanted {
     /// Tensor.
     pub name: String,
-    /// For the way back, instead of the way forward.
-    pub transposed: bool,
     /// Its size.
     pub bytes: u64,
 }
@@ -27,8 +25,7 @@ pub struct Wanted {
 /// Copies to keep.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Copies {
-    transposed: HashSet<String>,
-    plain: HashSet<String>,
+    names: HashSet<String>,
     /// Their size in all.
     pub bytes: u64,
 }
@@ -39,7 +36,7 @@ pub struct Copies {
 /// A template of another model.
 pub fn wanted(template: &Template, weights: &Weights) -> Result<Vec<Wanted>, GraphError> {
     let on_the_way = template.on_the_way(carries);
-    let (mut plain, mut transposed) = (Vec::new(), Vec::new());
+    let mut wanted = Vec::new();
     let mut seen = HashSet::new();
     for e in template.entries[..=template.hidden].iter().rev() {
         let Step::Op { op, src, .. } = &e.step else {
@@ -55,21 +52,20 @@ pub fn wanted(template: &Template, weights: &Weights) -> Result<Vec<Wanted>, Gra
             continue;
         }
         let info = weights.info(name)?;
-        let copy = |transposed| Wanted {
-            name: name.clone(),
-            transposed,
-            bytes: 2 * info.n_elements(),
-        };
-        if is_slow(info.ty) && template.adaptable.iter().any(|t| t.name == *name) {
-            plain.push(copy(false));
-        }
         // The first layer's input needs no gradient.
-        if on_the_way[src[1]] {
-            transposed.push(copy(true));
+        if !is_decoded(info) && on_the_way[src[1]] {
+            wanted.push(Wanted {
+                name: name.clone(),
+                bytes: 2 * info.n_elements(),
+            });
         }
     }
-    plain.extend(transposed);
-    Ok(plain)
+    Ok(wanted)
+}
+
+/// Whether products decode a weight on the way: [`takes_decoded`](crate::ggml::Ctx::takes_decoded).
+fn is_decoded(info: &TensorInfo) -> bool {
+    info.ne[2] * info.ne[3] == 1 && info.ne[1].is_multiple_of(2)
 }
 
 impl Copies {
@@ -82,26 +78,19 @@ impl Copies {
                 break;
             }
             copies.bytes += w.bytes;
-            let set = match w.transposed {
-                true => &mut copies.transposed,
-                false => &mut copies.plain,
-            };
-            set.insert(w.name.clone());
+            copies.names.insert(w.name.clone());
         }
         copies
     }
 
     /// Whether a copy of `name` is kept.
-    pub fn has(&self, name: &str, transposed: bool) -> bool {
-        match transposed {
-            true => self.transposed.contains(name),
-            false => self.plain.contains(name),
-        }
+    pub fn has(&self, name: &str) -> bool {
+        self.names.contains(name)
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.transposed.len() + self.plain.len()
+        self.names.len()
     }
 
     /// Whether there is none.
@@ -121,7 +110,6 @@ mod tests {
             .enumerate()
             .map(|(i, &bytes)| Wanted {
                 name: i.to_string(),
-                transposed: i > 1,
                 bytes,
             })
             .collect();
@@ -129,11 +117,10 @@ mod tests {
         for room in 0..200 {
             let copies = Copies::within(&wanted, room);
             assert!(copies.bytes <= room);
-            assert!(before.transposed.is_subset(&copies.transposed));
-            assert!(before.plain.is_subset(&copies.plain));
+            assert!(before.names.is_subset(&copies.names));
             before = copies;
         }
         assert_eq!((before.len(), before.bytes), (5, 163));
-        assert!(before.has("0", false) && !before.has("0", true) && before.has("4", true));
+        assert!(before.has("0") && before.has("4"));
     }
 }

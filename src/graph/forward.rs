@@ -2,7 +2,23 @@
 
 use super::GraphError;
 use super::template::{Affine, Entry};
-use crate::ggml::{Ctx, OpError, Tensor, op_name, sys};
+use crate::ggml::{Attended, Ctx, OpError, Precision, Tensor, Way, op_name, sys};
+use std::collections::HashMap;
+
+/// The number of an op that ggml has no name for: an attention by [`Ctx::attend`], its sources q, k,
+/// v and `first`, its only parameter the scale.
+pub const ATTEND: u32 = 1 << 16;
+
+/// The attention of an [`ATTEND`] node.
+pub fn attended(params: &[i32; 16], src: &[Tensor]) -> Attended {
+    Attended {
+        q: src[0],
+        k: src[1],
+        v: src[2],
+        first: src[3],
+        scale: float(params, 0),
+    }
+}
 
 /// One forward node: all that its vector-Jacobian rule needs to know.
 #[derive(Debug, Clone)]
@@ -38,6 +54,8 @@ pub fn floats(values: &[f32]) -> [i32; 16] {
 pub struct Record {
     /// The nodes.
     pub nodes: Vec<Node>,
+    /// Weights that products decode first.
+    pub decoded: HashMap<Tensor, Precision>,
 }
 
 /// What an op needs beyond its sources: the shape it is asked for, and where a view lies.
@@ -97,6 +115,11 @@ impl Record {
             (sys::GGML_OP_REPEAT, &[a]) => c.repeat(a, shape()?.ne)?,
             (sys::GGML_OP_CONCAT, &[a, b]) => c.concat(a, b, params[0] as usize)?,
             (sys::GGML_OP_SCALE, &[a]) => c.scale(a, float(params, 0), float(params, 1))?,
+            (sys::GGML_OP_MUL_MAT, &[a, b])
+                if self.decoded.contains_key(&a) && c.takes_decoded(a, Way::Forward) =>
+            {
+                c.decoded_product(a, b, Way::Forward, self.decoded[&a])?
+            }
             (sys::GGML_OP_MUL_MAT, &[a, b]) => {
                 let a = self.row_packed(c, a)?;
                 let b = self.row_packed(c, b)?;
@@ -152,6 +175,7 @@ impl Record {
                 return Ok(self.push(op, params, vec![a], out, None));
             }
             (sys::GGML_OP_CONT, &[a]) => c.cont(a, shape()?.ne)?,
+            (ATTEND, &[_, _, _, _]) => c.attend(&attended(params, src))?,
             (sys::GGML_OP_VIEW, &[a]) => {
                 let w = shape()?;
                 view = Some((w.offset, w.nb));
@@ -232,7 +256,7 @@ impl Record {
         self.emit(c, sys::GGML_OP_PERMUTE, &axes, &[x], None)
     }
 
-    /// `base + s·B(A·x)` as llama.cpp builds it, recorded for the way back.
+    /// `base + s·B(A·x)` as llama.cpp builds it unless products decode B, recorded for the way back.
     pub fn low_rank(
         &mut self,
         c: &mut Ctx,
@@ -242,7 +266,16 @@ impl Record {
         scale: f32,
     ) -> Result<Tensor, GraphError> {
         let none = &[0; 16];
-        let down = self.emit(c, sys::GGML_OP_MUL_MAT, none, &[a, x], None)?;
+        let mut down = self.emit(c, sys::GGML_OP_MUL_MAT, none, &[a, x], None)?;
+        if self.decoded.contains_key(&b) {
+            // Not to llama.cpp's bits anyway: the smaller of the two results is scaled.
+            if scale != 1.0 {
+                let by = floats(&[scale, 0.0]);
+                down = self.emit(c, sys::GGML_OP_SCALE, &by, &[down], None)?;
+            }
+            let up = self.emit(c, sys::GGML_OP_MUL_MAT, none, &[b, down], None)?;
+            return self.emit(c, sys::GGML_OP_ADD, none, &[base, up], None);
+        }
         let up = self.emit(c, sys::GGML_OP_MUL_MAT, none, &[b, down], None)?;
         let scaled = self.emit(c, sys::GGML_OP_SCALE, &floats(&[scale, 0.0]), &[up], None)?;
         self.emit(c, sys::GGML_OP_ADD, none, &[base, scaled], None)

@@ -55,15 +55,18 @@ impl AtHand {
     }
 }
 
-/// Emit `nodes` again, on what is at hand: their results by those they repeat.
+/// Emit some nodes again, on what is at hand: their results by those they repeat.
 fn again(
     c: &mut Ctx,
-    nodes: &[Node],
+    (forward, nodes): (&Record, &Range<usize>),
     at_hand: &AtHand,
 ) -> Result<HashMap<Tensor, Tensor>, GraphError> {
     let mut made: HashMap<Tensor, Tensor> = HashMap::new();
-    let mut record = Record::default();
-    for node in nodes {
+    let mut record = Record {
+        decoded: forward.decoded.clone(),
+        ..Record::default()
+    };
+    for node in &forward.nodes[nodes.clone()] {
         let source = |s: &Tensor| made.get(s).copied().unwrap_or_else(|| at_hand.of(*s));
         let src: Vec<Tensor> = node.src.iter().map(source).collect();
         let (offset, nb) = node.view.unwrap_or_default();
@@ -108,11 +111,11 @@ pub fn gradients(
     for (i, node) in record.nodes.iter().enumerate().rev() {
         if let Some(run) = layers.get(&(i + 1)) {
             at_hand = AtHand::default();
-            at_hand.layer = again(c, &record.nodes[run.clone()], &at_hand)?;
+            at_hand.layer = again(c, (record, run), &at_hand)?;
         }
         if let Some(run) = parts.get(&(i + 1)) {
             at_hand.part.clear();
-            at_hand.part = again(c, &record.nodes[run.clone()], &at_hand)?;
+            at_hand.part = again(c, (record, run), &at_hand)?;
         }
         let Some(g) = grad.get(&node.out).copied() else {
             continue;

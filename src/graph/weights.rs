@@ -9,7 +9,7 @@ use super::rules::Tile;
 use crate::digest::{Digest, of_model, of_tensor};
 use crate::error::Error;
 #[cfg(feature = "train")]
-use crate::ggml::{Backend, Side, sys};
+use crate::ggml::{Backend, Precision, Side, sys};
 use crate::ggml::{Buffer, Ctx, Tensor, dequantize};
 #[cfg(feature = "train")]
 use crate::gguf::GgmlType;
@@ -201,16 +201,14 @@ pub fn block_of(name: &str) -> Option<usize> {
     name.strip_prefix("blk.")?.split_once('.')?.0.parse().ok()
 }
 
-/// Transposed BF16 copies `[n_out, n_in]` of weights, made on first use and kept.
+/// How frozen weights are multiplied: on this host decoded on the way, to BF16
+/// ([`Ctx::decoded_product`]; relative error of the product 2.4e-3), and without copies.
 ///
-/// `dX = Wᵀ·dY` is then one `mul_mat` at full speed, where ggml's own rule decodes all of
-/// W once per token. Cost: two bytes a weight; relative error of the product 2.4e-3.
-///
-/// Where there is not memory for all of them ([`Copies`]), the others are decoded on the way back a
-/// tile at a time, to the same values: results do not depend on which copies there are.
-///
-/// Types that ggml multiplies one dot product at a time (Q4_1, Q5_1) get a plain BF16 copy for
-/// the forward pass as well; without it, that pass is in ggml's arithmetic for the type.
+/// What that op does not take, stacks of experts and weights on a GPU, gets transposed BF16 copies
+/// `[n_out, n_in]`, made on first use and kept: `dX = Wᵀ·dY` is then one `mul_mat`, where ggml's own
+/// rule decodes all of W once per token. Two bytes a weight. Where there is not memory for all of
+/// them ([`Copies`]), the others are decoded on the way back a tile at a time, to the same values:
+/// results do not depend on which copies there are.
 #[cfg(feature = "train")]
 #[derive(Default)]
 pub struct Transposed {
@@ -220,11 +218,13 @@ pub struct Transposed {
     f32: bool,
 }
 
-/// Types without a blocked kernel in ggml's CPU backend: measured on SmolLM2 in Q4_1, their
-/// dot products took 62% of a training step.
+/// Types that ggml's CPU backend multiplies slower on the way forward than they are decoded and
+/// multiplied: all but K-quants, for which it has a kernel of its own, and what it multiplies as it
+/// is (`cargo bench --bench rates`).
 #[cfg(feature = "train")]
 pub(super) fn is_slow(ty: GgmlType) -> bool {
-    matches!(ty, GgmlType::Q4_1 | GgmlType::Q5_1)
+    use GgmlType::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
+    matches!(ty, Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0)
 }
 
 #[cfg(feature = "train")]
@@ -257,13 +257,25 @@ impl Transposed {
         }
     }
 
-    fn keeps(&self, name: &str, transposed: bool) -> bool {
+    fn keeps(&self, name: &str) -> bool {
         let only = self.only.as_ref();
-        only.is_none_or(|copies| copies.has(name, transposed))
+        only.is_none_or(|copies| copies.has(name))
     }
 
-    /// A leaf `[n_in, n_out]` for the forward pass: the mapped weight, or a BF16 copy of it if its
-    /// type is slow; on a GPU, a copy there.
+    /// How exactly products decode weights.
+    pub fn precision(&self) -> Precision {
+        match self.f32 {
+            true => Precision::Exact,
+            false => Precision::Fast,
+        }
+    }
+
+    /// The same for a weight: on this host products decode it, on a GPU they do not.
+    pub fn decoded(&self, cpu: &Backend, name: &str) -> Option<Precision> {
+        (cpu.side_of(block_of(name)) == Side::Host).then_some(self.precision())
+    }
+
+    /// A leaf `[n_in, n_out]` for the forward pass: the mapped weight, or on a GPU a copy there.
     ///
     /// # Errors
     /// A weight that cannot be decoded, or no memory.
@@ -274,20 +286,13 @@ impl Transposed {
         cpu: &Backend,
         name: &str,
     ) -> Result<Tensor, GraphError> {
-        let info = weights.info(name)?;
-        if cpu.side_of(block_of(name)) == Side::Device {
-            let t = ctx.leaf(info.ty.id(), info.ne.map(|n| n as i64), name)?;
-            return keep(&mut self.plain, ctx, t, cpu, name, |ctx| {
-                Ok(ctx.write(t, weights.bytes(name)?)?)
-            });
-        }
-        if !is_slow(info.ty) || self.f32 || !self.keeps(name, false) {
+        if cpu.side_of(block_of(name)) == Side::Host {
             return weights.leaf(ctx, name);
         }
-        let t = ctx.leaf(sys::GGML_TYPE_BF16, info.ne.map(|n| n as i64), name)?;
+        let info = weights.info(name)?;
+        let t = ctx.leaf(info.ty.id(), info.ne.map(|n| n as i64), name)?;
         keep(&mut self.plain, ctx, t, cpu, name, |ctx| {
-            let w = weights.decoded(name)?.into_par_iter();
-            Ok(ctx.write(t, &w.map(bf16::from_f32).collect::<Vec<_>>())?)
+            Ok(ctx.write(t, weights.bytes(name)?)?)
         })
     }
 
@@ -303,7 +308,7 @@ impl Transposed {
         cpu: &Backend,
         name: &str,
     ) -> Result<Option<Tensor>, GraphError> {
-        if !self.keeps(name, true) {
+        if !self.keeps(name) {
             return Ok(None);
         }
         let info = weights.info(name)?;

@@ -4,7 +4,7 @@
 //! comes on top, whose pages the system takes back when it needs them. What must be there:
 //! parameters, what they started from, their gradients and AdamW's moments, retain bases, and a
 //! graph. What may be there: what every layer computes on the way forward, instead of computing it
-//! again on the way back; and copies of weights ([`crate::graph::copies`]). The first saves a
+//! again on the way back; and copies of stacks of experts ([`crate::graph::copies`]). The first saves a
 //! whole forward pass, which is several times as much for its bytes as copies save, so it comes
 //! first.
 
@@ -221,7 +221,6 @@ mod tests {
     fn need() -> Need {
         let copy = |i: usize| Wanted {
             name: i.to_string(),
-            transposed: true,
             bytes: 30 + i as u64,
         };
         Need {

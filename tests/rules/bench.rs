@@ -1,6 +1,6 @@
 //! A small graph under construction, and its gradients against finite differences.
 
-use nepenthe::ggml::{Backend, Ctx, Tensor, sys};
+use nepenthe::ggml::{Backend, Ctx, Precision, Tensor, sys};
 use nepenthe::graph::GraphError;
 use nepenthe::graph::forward::{Record, Wanted};
 use nepenthe::graph::reverse::{Recomputed, gradients};
@@ -13,6 +13,14 @@ pub struct Frozen(pub Vec<Tensor>);
 impl Weightless for Frozen {
     fn transposed(&mut self, _: &mut Ctx, _: Tensor) -> Result<Option<Tensor>, GraphError> {
         Ok(None)
+    }
+
+    fn decoded(&self, w: Tensor) -> Option<Precision> {
+        self.0.contains(&w).then_some(Precision::Exact)
+    }
+
+    fn products(&self) -> Option<Precision> {
+        Some(Precision::Exact)
     }
 
     fn tile(&self, w: Tensor) -> Option<Tile> {

@@ -292,11 +292,9 @@ pub fn gradients_do_not_depend_on_copies(rig: &mut Rig) {
     let copied = rig.gradients();
     for room in [0, all / 2] {
         let copies = Copies::within(&wanted, room);
-        assert!(copies.len() < wanted.len());
+        assert!(copies.len() < wanted.len().max(1));
         rig.copies = Some(copies);
-        // A plain copy of a type that is slow changes its products on the way forward.
-        let slow = wanted.iter().any(|w| !w.transposed);
-        assert!(slow || rig.gradients() == copied, "copies of {room} bytes");
+        assert!(rig.gradients() == copied, "copies of {room} bytes");
     }
     for (i, (a, b)) in copied.iter().zip(&exact).enumerate() {
         let norm = |g: &mut dyn Iterator<Item = f32>| g.map(|v| f64::from(v).powi(2)).sum::<f64>();

@@ -1,14 +1,10 @@
 //! Activations and gated activations.
 
 use super::{Grads, GraphError};
-use crate::ggml::{Ctx, Tensor, sys};
+use crate::ggml::{Ctx, GELU_CUBIC, GELU_SCALE, Tensor, sys};
 use crate::graph::forward::{Node, float};
 
-/// √(2/π) and the cubic coefficient of the tanh form of GELU (Hendrycks & Gimpel,
-/// arXiv 1606.08415), as ggml computes it.
-const GELU_SCALE: f32 = 0.797_884_6;
-const GELU_CUBIC: f32 = 0.044_715;
-/// GELU's logistic form x·σ(1.702·x), from the same paper.
+/// GELU's logistic form x·σ(1.702·x) (Hendrycks & Gimpel, arXiv 1606.08415).
 const GELU_QUICK: f32 = 1.702;
 
 /// Gates `act(a)·b`: `da = g·b·act'(a)`, `db = g·act(a)`; a fused gate is split in halves.
@@ -84,6 +80,9 @@ fn gated(c: &mut Ctx, gate: u32, a: Tensor, b: Tensor, grad: Tensor) -> Result<T
     let g = c.mul(grad, b)?;
     if gate == sys::GGML_UNARY_OP_SILU {
         return Ok(c.silu_back(g, a)?);
+    }
+    if gate == sys::GGML_UNARY_OP_GELU {
+        return gelu(c, a, g);
     }
     let act = c.unary(a, gate)?;
     unary(c, gate, a, act, g)
@@ -205,6 +204,10 @@ fn unary(c: &mut Ctx, op: u32, x: Tensor, y: Tensor, grad: Tensor) -> Result<Ten
 /// With `u = c(x + kx³)`, `t = tanh u`:
 /// `gelu' = ½(1 + t) + ½x(1 − t²)·c(1 + 3kx²)`.
 fn gelu(c: &mut Ctx, x: Tensor, grad: Tensor) -> Result<Tensor, GraphError> {
+    if c.on_cpu() {
+        let (grad, x) = (c.packed(grad)?, c.packed(x)?);
+        return Ok(c.gelu_back(grad, x)?);
+    }
     let x2 = c.sqr(x)?;
     let inner = c.scale(x2, GELU_SCALE * GELU_CUBIC, GELU_SCALE)?;
     let u = c.mul(inner, x)?;

@@ -1,7 +1,7 @@
 //! Matrix products and row selection.
 
 use super::{Grads, GraphError, Weightless};
-use crate::ggml::{Ctx, Tensor, sys};
+use crate::ggml::{Ctx, Precision, Tensor, Way, sys};
 use crate::graph::forward::Node;
 
 /// For `out [m, n] = mul_mat(a [k, m], b [k, n])`:
@@ -25,20 +25,40 @@ pub fn vjp(
     }
     let mut grads = vec![None, None];
     if need[0] {
-        grads[0] = Some(left(c, a, b, grad)?);
-    }
-    if need[1] {
-        let g = c.packed(grad)?;
-        grads[1] = Some(match (env.transposed(c, a)?, env.tile(a)) {
-            (Some(at), _) => c.mul_mat(at, g)?,
-            (None, Some(tile)) => tile.product(c, a, |c, w| Ok(c.mul_mat(w, g)?))?,
-            (None, None) => {
-                let at = c.transposed(a)?;
-                c.mul_mat(at, g)?
+        grads[0] = Some(match env.products() {
+            Some(precision) if c.is_matrix(a) && c.is_matrix(b) => {
+                left_by_rows(c, b, grad, precision)?
             }
+            _ => left(c, a, b, grad)?,
         });
     }
+    if need[1] {
+        grads[1] = Some(right(c, a, grad, env)?);
+    }
     Ok(grads)
+}
+
+/// `db [k, n] = a·g`.
+fn right(
+    c: &mut Ctx,
+    a: Tensor,
+    grad: Tensor,
+    env: &mut dyn Weightless,
+) -> Result<Tensor, GraphError> {
+    if let Some(precision) = env.decoded(a)
+        && c.takes_decoded(a, Way::Back)
+    {
+        return Ok(c.decoded_product(a, grad, Way::Back, precision)?);
+    }
+    let g = c.packed(grad)?;
+    if let Some(at) = env.transposed(c, a)? {
+        return Ok(c.mul_mat(at, g)?);
+    }
+    if let Some(tile) = env.tile(a) {
+        return tile.product(c, a, |c, w| Ok(c.mul_mat(w, g)?));
+    }
+    let at = c.transposed(a)?;
+    Ok(c.mul_mat(at, g)?)
 }
 
 /// The transpose of selecting rows of `a [n, rows, t]` by `ids [k, t]`: the rows of `grad [n, k, t]`
@@ -69,6 +89,28 @@ fn scatter(c: &mut Ctx, a: Tensor, ids: Tensor, grad: Tensor) -> Result<Tensor, 
         });
     }
     Ok(total.expect("rows are selected"))
+}
+
+/// `da [k, m] = Σₙ b·gᵀ`, of matrices: the one of fewer columns alone is transposed.
+fn left_by_rows(
+    c: &mut Ctx,
+    b: Tensor,
+    grad: Tensor,
+    precision: Precision,
+) -> Result<Tensor, GraphError> {
+    let (b, grad) = (c.packed(b)?, c.packed(grad)?);
+    let (k, m) = (c.ne(b)[0], c.ne(grad)[0]);
+    if !(c.takes_decoded(b, Way::Back) && c.takes_decoded(grad, Way::Back)) {
+        let (bt, gt) = (c.transposed(b)?, c.transposed(grad)?);
+        return Ok(c.mul_mat(bt, gt)?);
+    }
+    if m <= k {
+        let gt = c.transposed(grad)?;
+        return Ok(c.decoded_product(b, gt, Way::Back, precision)?);
+    }
+    let bt = c.transposed(b)?;
+    let turned = c.decoded_product(grad, bt, Way::Back, precision)?;
+    Ok(c.transposed(turned)?)
 }
 
 /// `da [k, m, …] = mul_mat(bᵀ [n, k], gᵀ [n, m])`, summed over the repeats of `a`.

@@ -17,8 +17,8 @@ mod tiles;
 pub use tiles::{TILE, Tile};
 
 use super::GraphError;
-use super::forward::Node;
-use crate::ggml::{Ctx, Tensor, op_name, sys};
+use super::forward::{ATTEND, Node};
+use crate::ggml::{Ctx, Precision, Tensor, op_name, sys};
 
 /// What a rule can ask for besides the node itself.
 pub trait Weightless {
@@ -28,6 +28,12 @@ pub trait Weightless {
     /// # Errors
     /// A weight that cannot be decoded, or no memory.
     fn transposed(&mut self, c: &mut Ctx, w: Tensor) -> Result<Option<Tensor>, GraphError>;
+
+    /// How exactly products with leaf `w`, a frozen weight or a factor, decode it, if they do.
+    fn decoded(&self, w: Tensor) -> Option<Precision>;
+
+    /// How exactly products of activations are taken by an op of our own; none where they are not.
+    fn products(&self) -> Option<Precision>;
 
     /// How frozen weight leaf `w` is decoded where there is no copy; none for other tensors.
     fn tile(&self, w: Tensor) -> Option<Tile>;
@@ -81,6 +87,7 @@ pub fn carries(op: u32) -> usize {
         sys::GGML_OP_ARGSORT | sys::GGML_OP_FILL => 0,
         sys::GGML_OP_GET_ROWS | sys::GGML_OP_ROPE | sys::GGML_OP_SOFT_MAX => 1,
         sys::GGML_OP_MUL_MAT_ID | sys::GGML_OP_ADD_ID => 2,
+        ATTEND => 3,
         _ => usize::MAX,
     }
 }
@@ -101,7 +108,7 @@ fn family(op: u32) -> Option<Family> {
         sys::GGML_OP_MUL_MAT | sys::GGML_OP_GET_ROWS => Family::Linear,
         sys::GGML_OP_MUL_MAT_ID | sys::GGML_OP_ADD_ID => Family::Experts,
         sys::GGML_OP_RMS_NORM | sys::GGML_OP_NORM => Family::Norm,
-        sys::GGML_OP_ROPE | sys::GGML_OP_SOFT_MAX => Family::Attention,
+        sys::GGML_OP_ROPE | sys::GGML_OP_SOFT_MAX | ATTEND => Family::Attention,
         sys::GGML_OP_GLU | sys::GGML_OP_UNARY => Family::Activation,
         sys::GGML_OP_CONT
         | sys::GGML_OP_CONCAT
