@@ -13,9 +13,12 @@ use crate::ggml::{Batch, Context, Model, Token};
 use crate::graph::batch::pack;
 use crate::likelihood::nll;
 use crate::likelihood::{SampleLoss, mean_prob};
-use crate::score::{N_BATCH, N_PARALLEL, scoring_context};
+use crate::score::{N_BATCH, small_scoring_context};
 use rayon::prelude::*;
 use serde::Serialize;
+
+/// Samples decoded side by side.
+pub(super) const TOGETHER: usize = 4;
 
 /// Bytes of logits of one decode.
 const DECODE_BYTES: usize = 64 << 20;
@@ -177,7 +180,13 @@ impl Turn<'_> {
         let (model, adapters) = self.opened.as_ref().expect("model() opens it");
         let context = match &mut self.context {
             Some(context) => context,
-            none => none.insert(scoring_context(model, adapters, longest, self.n_threads)?),
+            none => none.insert(small_scoring_context(
+                model,
+                adapters,
+                longest,
+                self.n_threads,
+                TOGETHER,
+            )?),
         };
         if piece.first {
             context.clear();
@@ -245,7 +254,7 @@ fn groups(samples: &[Sample], max_rows: usize) -> Vec<Vec<usize>> {
     for bin in pack(&lengths, longest.max(N_BATCH)) {
         let mut group: Vec<usize> = Vec::new();
         for i in bin {
-            let full = group.len() == N_PARALLEL
+            let full = group.len() == TOGETHER
                 || (!group.is_empty() && rows(samples, &group) + rows(samples, &[i]) > max_rows);
             if full {
                 groups.push(std::mem::take(&mut group));

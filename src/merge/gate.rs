@@ -14,12 +14,12 @@
 //!   so a fifth of the patch may be lost in distribution, though not in what it achieves (the
 //!   first line).
 
-use super::compare::{Compared, Comparison, Side};
+use super::compare::{Compared, Comparison, Side, TOGETHER};
 use super::moments::{Set, Sources};
 use crate::data::Sample;
 use crate::error::Error;
 use crate::likelihood::mean_prob;
-use crate::score::losses_of;
+use crate::score::{answer_losses, small_scoring_context};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -203,7 +203,13 @@ pub fn gate(
     }
     let forget_prob_base = if n_forget > 0 {
         let (model, _) = unmerged()?;
-        Some(mean_prob(&losses_of(&model, &[], &chosen[0], n_threads)?))
+        let longest = chosen[0].iter().map(|s| s.tokens.len()).max().unwrap_or(1);
+        let mut context = small_scoring_context(&model, &[], longest, n_threads, TOGETHER)?;
+        Some(mean_prob(&answer_losses(
+            &mut context,
+            &chosen[0],
+            &mut |_| {},
+        )?))
     } else {
         None
     };

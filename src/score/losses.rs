@@ -52,8 +52,9 @@ pub fn answer_rows<T: Send>(
     let mut measured: Vec<Vec<T>> = samples.iter().map(|_| Vec::new()).collect();
     let lengths: Vec<usize> = samples.iter().map(|s| s.tokens.len() - 1).collect();
     let mut done = 0;
+    let together = context.n_seq_max().min(N_PARALLEL);
     for bin in pack(&lengths, context.n_batch()) {
-        for group in bin.chunks(N_PARALLEL) {
+        for group in bin.chunks(together) {
             let mut at = 0;
             while at < group.len() {
                 // As many samples as the logits of one decode have room for, at least one.

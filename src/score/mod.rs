@@ -59,18 +59,46 @@ pub fn scoring_context(
     n_per_sequence: usize,
     n_threads: usize,
 ) -> Result<Context, Error> {
-    context_for(model, adapters, n_per_sequence, n_threads, N_PARALLEL)
+    let n_ctx = N_PARALLEL * n_per_sequence.max(32);
+    context_for(
+        model,
+        adapters,
+        (n_ctx, n_per_sequence),
+        n_threads,
+        N_PARALLEL,
+    )
 }
 
-/// [`scoring_context`] with other than [`N_PARALLEL`] sequences in the same room.
-fn context_for(
+/// [`scoring_context`] with room for `n_parallel` sequences: a large model's keys and values take a
+/// megabyte for two tokens.
+///
+/// # Errors
+/// When llama.cpp cannot make it.
+pub fn small_scoring_context(
     model: &Model,
     adapters: &[(Arc<Adapter>, f32)],
     n_per_sequence: usize,
     n_threads: usize,
+    n_parallel: usize,
+) -> Result<Context, Error> {
+    let n_ctx = n_parallel * n_per_sequence.max(32);
+    context_for(
+        model,
+        adapters,
+        (n_ctx, n_per_sequence),
+        n_threads,
+        n_parallel,
+    )
+}
+
+/// A context of `n_ctx` tokens for so many sequences of so many.
+fn context_for(
+    model: &Model,
+    adapters: &[(Arc<Adapter>, f32)],
+    (n_ctx, n_per_sequence): (usize, usize),
+    n_threads: usize,
     n_seq_max: usize,
 ) -> Result<Context, Error> {
-    let n_ctx = N_PARALLEL * n_per_sequence.max(32);
     let mut context = Context::new(
         model,
         ContextOptions {

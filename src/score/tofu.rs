@@ -8,7 +8,7 @@
 
 use super::generate::generate_watched;
 pub use super::tofu_partial::{Partial, PartialError};
-use super::{MAX_ANSWER, context_for, shared_losses};
+use super::{MAX_ANSWER, N_PARALLEL, context_for, shared_losses};
 use crate::data::{DataError, Sample, Template, TofuQuestion, build_samples, load_tofu};
 use crate::digest::{self, Digest};
 use crate::error::Error;
@@ -148,7 +148,13 @@ pub fn evaluate_tofu(
     }
     let longest = prepared.iter().flatten().flatten().map(|s| s.tokens.len());
     let room = longest.max().unwrap_or(1) + if options.generate { MAX_ANSWER } else { 0 };
-    let mut context = context_for(model, adapters, room, options.n_threads, N_ANSWERS)?;
+    let mut context = context_for(
+        model,
+        adapters,
+        (N_PARALLEL * room.max(32), room),
+        options.n_threads,
+        N_ANSWERS,
+    )?;
 
     let mut work = Work::new(sets, partial, watch);
     let mut examples = Examples::default();

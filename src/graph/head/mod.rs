@@ -1,7 +1,7 @@
 //! The output head, a few rows at a time.
 //!
 //! With a vocabulary of 262,144 tokens the logits of one batch outweigh everything else,
-//! so hidden rows go through the head in chunks whose logits take [`LOGITS`] bytes. On the way back
+//! so hidden rows go through the head in chunks whose logits take 64 MB. On the way back
 //! only vocabulary rows with a gradient above [`SPARSE`] are decoded: after a softmax that is a
 //! few percent of them where the model is sure of itself. Where it is not, all are.
 
