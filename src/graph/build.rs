@@ -153,10 +153,15 @@ impl<'a> Builder<'a> {
         let is_below = matches!(parts.part, Part::Below(_));
         let trains = is_below || matches!(trained, Trained::Factors(_));
         let own_ops = trains && cpu.gpu().is_none() && transposed.precision() == Precision::Fast;
+        let all = attentions(template);
+        let whole = match own_ops {
+            true => plain(template, &all),
+            false => HashMap::new(),
+        };
+        let one_op = whole.keys().copied().collect();
         let tiled = match parts.recompute {
-            Some(n) if n < n_tokens => attentions(template),
-            _ if own_ops => plain(template, &attentions(template)),
-            _ => HashMap::new(),
+            Some(n) if n < n_tokens => all,
+            _ => whole,
         };
         let n_queries = parts.recompute.unwrap_or(n_tokens).max(1);
         let room = match parts.recompute {
@@ -181,10 +186,7 @@ impl<'a> Builder<'a> {
             params: Vec::new(),
             factors: Vec::new(),
             free: HashMap::new(),
-            whole: match own_ops {
-                true => plain(template, &tiled).into_keys().collect(),
-                false => HashSet::new(),
-            },
+            whole: one_op,
             tiled,
             n_queries,
             trains,

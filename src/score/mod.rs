@@ -59,14 +59,7 @@ pub fn scoring_context(
     n_per_sequence: usize,
     n_threads: usize,
 ) -> Result<Context, Error> {
-    let n_ctx = N_PARALLEL * n_per_sequence.max(32);
-    context_for(
-        model,
-        adapters,
-        (n_ctx, n_per_sequence),
-        n_threads,
-        N_PARALLEL,
-    )
+    small_scoring_context(model, adapters, n_per_sequence, n_threads, N_PARALLEL)
 }
 
 /// [`scoring_context`] with room for `n_parallel` sequences: a large model's keys and values take a

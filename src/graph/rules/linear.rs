@@ -26,9 +26,7 @@ pub fn vjp(
     let mut grads = vec![None, None];
     if need[0] {
         grads[0] = Some(match env.products() {
-            Some(precision) if c.is_matrix(a) && c.is_matrix(b) => {
-                left_by_rows(c, b, grad, precision)?
-            }
+            Some(precision) if takes_rows(c, a, b, grad) => left_by_rows(c, b, grad, precision)?,
             _ => left(c, a, b, grad)?,
         });
     }
@@ -91,6 +89,13 @@ fn scatter(c: &mut Ctx, a: Tensor, ids: Tensor, grad: Tensor) -> Result<Tensor, 
     Ok(total.expect("rows are selected"))
 }
 
+/// Whether [`left_by_rows`] is possible.
+fn takes_rows(c: &Ctx, a: Tensor, b: Tensor, grad: Tensor) -> bool {
+    // Rows are paired: an odd number of them is not.
+    let even = c.ne(b)[1] % 2 == 0;
+    even && [a, b, grad].into_iter().all(|t| c.is_matrix(t))
+}
+
 /// `da [k, m] = Σₙ b·gᵀ`, of matrices: the one of fewer columns alone is transposed.
 fn left_by_rows(
     c: &mut Ctx,
@@ -100,10 +105,6 @@ fn left_by_rows(
 ) -> Result<Tensor, GraphError> {
     let (b, grad) = (c.packed(b)?, c.packed(grad)?);
     let (k, m) = (c.ne(b)[0], c.ne(grad)[0]);
-    if !(c.takes_decoded(b, Way::Back) && c.takes_decoded(grad, Way::Back)) {
-        let (bt, gt) = (c.transposed(b)?, c.transposed(grad)?);
-        return Ok(c.mul_mat(bt, gt)?);
-    }
     if m <= k {
         let gt = c.transposed(grad)?;
         return Ok(c.decoded_product(b, gt, Way::Back, precision)?);
