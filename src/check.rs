@@ -9,7 +9,7 @@ use crate::graph::reverse::first_without_rule;
 use crate::graph::tape::{End, Part, Parts, Tape};
 use crate::graph::template::{self, Template};
 use crate::graph::trained::Trained;
-use crate::graph::weights::Transposed;
+use crate::graph::weights::Multiplying;
 use crate::model::OpenModel;
 use crate::train::adapters::Pairs;
 use crate::train::config::{Constraint, TrainConfig};
@@ -179,7 +179,7 @@ fn rebuilt_logits(
         part: Part::Whole,
     };
     let shape = (batch.n_tokens(), batch.n_padded_rows());
-    let mut transposed = Transposed::default();
+    let mut multiplying = Multiplying::default();
     let mut tape = Tape::new(
         &parts,
         Trained::Nothing,
@@ -187,7 +187,7 @@ fn rebuilt_logits(
         shape,
         false,
         &cpu,
-        &mut transposed,
+        &mut multiplying,
     )?;
     let mut out = Vec::new();
     tape.forward(&mut cpu, &batch, &mut out)?;

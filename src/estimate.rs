@@ -50,11 +50,14 @@ impl Estimate {
     pub fn memory_text(&self) -> String {
         let mib = |bytes: u64| bytes >> 20;
         format!(
-            "{} MiB of its own beside the model file's {} MiB: {} MiB resident; copies of {} weights{}",
+            "{} MiB of its own beside the model file's {} MiB: {} MiB resident{}{}",
             mib(self.memory_bytes),
             mib(self.model_bytes),
             mib(self.resident_bytes),
-            self.copies,
+            match self.copies {
+                0 => String::new(),
+                n => format!(", {n} stacks of experts copied for the way back"),
+            },
             match self.recompute {
                 true => ", layers computed twice",
                 false => "",

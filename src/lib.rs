@@ -64,6 +64,8 @@ pub mod capture;
 #[cfg(feature = "train")]
 pub mod check;
 pub mod cli;
+#[cfg(feature = "train")]
+pub mod correct;
 pub mod data;
 pub mod digest;
 pub mod error;

@@ -16,6 +16,7 @@ fn main() -> ExitCode {
             return ExitCode::from(if e.use_stderr() { 2 } else { 0 });
         }
     };
+    patient_threads();
     match cli.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
@@ -30,3 +31,29 @@ fn main() -> ExitCode {
         }
     }
 }
+
+/// Begin again with threads that spin for a tenth of a millisecond or so before they sleep: libgomp
+/// reads that once, when it is loaded, and by itself spins for some five. Where all cores are busy,
+/// whoever waits then lets those run that it waits for.
+#[cfg(target_os = "linux")]
+fn patient_threads() {
+    use std::os::unix::process::CommandExt;
+    const SPINS: &str = "GOMP_SPINCOUNT";
+    let said = [SPINS, "OMP_WAIT_POLICY"].map(std::env::var_os);
+    let mut args = std::env::args_os();
+    let (Some(name), [None, None]) = (args.next(), said) else {
+        return;
+    };
+    let Ok(program) = std::env::current_exe() else {
+        return;
+    };
+    // It returns only if it fails: then as it is.
+    let _ = std::process::Command::new(program)
+        .arg0(name)
+        .args(args)
+        .env(SPINS, "10000")
+        .exec();
+}
+
+#[cfg(not(target_os = "linux"))]
+fn patient_threads() {}

@@ -2,7 +2,9 @@
 
 mod support;
 
-use nepenthe::gguf::Gguf;
+use nepenthe::ggml::quantize;
+use nepenthe::gguf::{GgmlType, Gguf, GgufWriter};
+use nepenthe::graph::weights::Weights;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -210,4 +212,89 @@ fn a_patch_at_scale_zero_changes_no_byte() {
     args.extend(["--no-record", "--no-gate"]);
     json(&args);
     assert!(fs::read(&out).expect("readable") == fs::read(&model).expect("readable"));
+}
+
+/// The embedded model with its blocks' matrices in `ty`.
+fn coarse(out: &Path, ty: GgmlType) {
+    let weights = Weights::open(&mini()).expect("a good model");
+    let part = &weights.set().parts()[0];
+    let mut file = GgufWriter::new(out, weights.set().metadata().clone());
+    for t in part.tensors() {
+        if t.name.starts_with("blk.") && t.n_rows() > 1 {
+            let values = weights.decoded(&t.name).expect("decodes");
+            let bytes = quantize(ty.id(), &values, t.ne[0] as usize, None).expect("encodes");
+            let bytes = std::io::Cursor::new(bytes);
+            file.tensor_from_reader(&t.name, t.dims(), ty, bytes)
+                .expect("fits");
+        } else {
+            file.copy_tensor(part, &t.name).expect("copies");
+        }
+    }
+    file.save(false).expect("writes");
+}
+
+#[test]
+fn a_correction_takes_the_file_nearer_to_model_and_patch() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (model, patch) = (dir.path().join("coarse.gguf"), dir.path().join("p.gguf"));
+    // 16 levels and one scale for 32 of them: much to be taken back.
+    coarse(&model, GgmlType::Q4_0);
+    let texts = texts();
+    let args = ["unlearn", "-m", text(&model), "--forget", text(&texts[0])];
+    let more = ["--retain", text(&texts[1]), "-o", text(&patch)];
+    let last = [
+        "--steps",
+        "20",
+        "--lr",
+        "2e-3",
+        "--no-generate",
+        "-t",
+        "1",
+        "--json",
+    ];
+    json(&[&args[..], &more[..], &last[..]].concat());
+    let merged = |name: &str, more: &[&str]| {
+        let out = dir.path().join(name);
+        let undo = dir.path().join(format!("{name}.undo"));
+        let mut args = merge_args(&model, &out, &texts);
+        args[4] = text(&patch);
+        args.extend(["--keep-failed", "--no-record", "--undo", text(&undo)]);
+        args.push("--refit-scales");
+        args.extend(more);
+        let done = support::nepenthe(&args);
+        let report: serde_json::Value =
+            serde_json::from_slice(&done.stdout).expect("a report whatever the verdict");
+        (report, out, undo)
+    };
+    let (once, ..) = merged("once.gguf", &[]);
+    let (twice, out, undo) = merged("twice.gguf", &["--rounds", "1"]);
+    let kl = |report: &serde_json::Value, set: &str| number(&report["verdict"][set]["kl"]);
+    let (before, after) = (kl(&once, "forget"), kl(&twice, "forget"));
+    assert!(after < 0.8 * before, "{before} to {after}");
+    // Still the same size and types; and undone to the original.
+    let read = |path: &Path| fs::read(path).expect("readable");
+    assert_eq!(read(&model).len(), read(&out).len());
+    for t in twice["tensors"].as_array().expect("a list") {
+        assert_eq!(t["from"], t["to"]);
+        assert!(number(&t["codes_changed"]) > 0.0, "{t}");
+    }
+    let back = dir.path().join("back.gguf");
+    let revert = ["revert", "-m", text(&out), "--undo", text(&undo)];
+    json(&[&revert[..], &["-o", text(&back), "--json"]].concat());
+    assert!(read(&back) == read(&model));
+}
+
+#[test]
+fn corrections_need_texts_and_a_merge_into_the_file() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (model, texts, out) = (mini(), texts(), dir.path().join("m.gguf"));
+    let mut args = merge_args(&model, &out, &texts);
+    args.extend(["--rounds", "1", "--max-growth", "5"]);
+    let stderr = fails(2, &args);
+    assert!(stderr.contains("residues beside the file"), "{stderr}");
+    let args = ["merge", "-m", text(&model), "--lora", text(patch())];
+    let more = ["-o", text(&out), "--rounds", "1", "-t", "1"];
+    let stderr = fails(2, &[&args[..], &more[..]].concat());
+    assert!(stderr.contains("no --forget"), "{stderr}");
+    assert!(!out.exists());
 }

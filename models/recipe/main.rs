@@ -14,7 +14,7 @@ use nepenthe::graph::batch::{Packed, Sequence, pack};
 use nepenthe::graph::tape::{End, Part, Parts, Tape};
 use nepenthe::graph::trace::trace;
 use nepenthe::graph::trained::{FreeWeights, Trained};
-use nepenthe::graph::weights::Transposed;
+use nepenthe::graph::weights::Multiplying;
 use nepenthe::model::OpenModel;
 use nepenthe::rng::SplitMix64;
 use nepenthe::score::evaluate;
@@ -195,7 +195,7 @@ fn pretrain(start: &Path, trained: &Path, records: &[Record]) -> Fallible<()> {
         recompute: None,
         part: Part::Whole,
     };
-    let mut transposed = Transposed::default();
+    let mut transposed = Multiplying::default();
     let mut tape: Option<Tape> = None;
     let n_steps = EPOCHS * n_tokens.div_ceil(BATCH_TOKENS);
     eprintln!(
@@ -284,7 +284,7 @@ fn pretrain(start: &Path, trained: &Path, records: &[Record]) -> Fallible<()> {
     Ok(())
 }
 
-fn pack_batch(batch: &[&Sample]) -> (Packed, Vec<Target>) {
+fn pack_batch(batch: &[&Sample]) -> (Packed, Vec<Target<'static>>) {
     let lengths: Vec<usize> = batch.iter().map(|s| s.tokens.len() - 1).collect();
     let order: Vec<usize> = pack(&lengths, usize::MAX).into_iter().flatten().collect();
     let rows: Vec<Vec<usize>> = batch
@@ -305,6 +305,7 @@ fn pack_batch(batch: &[&Sample]) -> (Packed, Vec<Target>) {
         .map(|(i, r)| Target {
             token: batch[i].tokens[r + 1],
             objective: RowObjective::CrossEntropy,
+            teacher: None,
             weight: 1.0 / n as f32,
         })
         .collect();

@@ -4,6 +4,7 @@ use super::common::{AdapterArgs, GpuLayers, Output, threads};
 use super::merge_args::{FitArgs, GateArgs, TextArgs};
 use super::merge_report::print;
 use crate::error::Error;
+use crate::merge::correct::Correct;
 use crate::merge::deliver::{Delivery, To};
 use crate::merge::rewrite::{Form, OutType};
 use crate::merge::run::{How, Job, merge};
@@ -117,6 +118,7 @@ impl Merge {
                 None => How::SameGrid(self.fit.options()),
             },
             max_growth: self.fit.max_growth,
+            rounds: self.fit.rounds(),
             gate: self.gate.config(),
             keep_failed: self.gate.keep_failed,
             delivery: Delivery {
@@ -134,7 +136,7 @@ impl Merge {
         };
         self.n_gpu_layers.note();
         let mut ui = Stages::new(self.output.quiet || self.output.json);
-        let report = merge(job, &mut ui)?;
+        let report = merge(job, corrector(), &mut ui)?;
         drop(ui);
         let hint = modelfile(&report.delivered.files);
         if self.output.json {
@@ -181,6 +183,17 @@ impl Merge {
         }
         Ok(())
     }
+}
+
+#[cfg(feature = "train")]
+fn corrector() -> Option<Box<dyn Correct>> {
+    Some(Box::new(crate::correct::Distiller::default()))
+}
+
+/// A build that cannot train has no flag for it.
+#[cfg(not(feature = "train"))]
+fn corrector() -> Option<Box<dyn Correct>> {
+    None
 }
 
 /// Say that an interrupted merge was completed.

@@ -39,9 +39,22 @@ pub struct FitArgs {
     /// kept in the same size, but more than code bits changes
     #[arg(long, value_name = "TIMES", num_args = 0..=1, default_missing_value = "3")]
     refit_scales: Option<usize>,
+    /// Correct the merged file this many times: train a small update on it towards what model and
+    /// patch say of the texts, and merge that as well
+    #[cfg(feature = "train")]
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    rounds: usize,
 }
 
 impl FitArgs {
+    /// Corrections.
+    pub fn rounds(&self) -> usize {
+        #[cfg(feature = "train")]
+        return self.rounds;
+        #[cfg(not(feature = "train"))]
+        return 0;
+    }
+
     /// As the merge takes them.
     pub fn options(&self) -> Options {
         let mut o = Options {

@@ -23,6 +23,15 @@ pub fn print(r: &Report, undo: Option<&Path>) {
     } else {
         fitted(r);
     }
+    for (round, c) in r.corrections.iter().enumerate() {
+        println!(
+            "correction {}: {:.2}% of the weights' norm, trained from KL {:.4} to {:.4} before it was merged",
+            round + 1,
+            100.0 * c.relative_norm,
+            c.kl_before,
+            c.kl_trained
+        );
+    }
     if let Some(v) = &r.verdict {
         verdict(v);
     }

@@ -10,7 +10,7 @@ use super::rules::{Tile, Weightless};
 use super::tape::{End, Parts};
 use super::template::{Entry, Leaf, Step};
 use super::trained::Trained;
-use super::weights::{Transposed, Weights, block_of, is_slow};
+use super::weights::{Multiplying, Weights, block_of, is_slow};
 use crate::ggml::{Backend, Ctx, Precision, Side, Tensor, sys};
 use std::collections::{HashMap, HashSet};
 
@@ -23,7 +23,7 @@ pub(super) struct Chosen {
 
 struct Env<'a> {
     weights: &'a Weights,
-    transposed: &'a mut Transposed,
+    multiplying: &'a mut Multiplying,
     cpu: &'a Backend,
     frozen: HashMap<Tensor, String>,
     factors: HashSet<Tensor>,
@@ -34,24 +34,24 @@ impl Weightless for Env<'_> {
         let Some(name) = self.frozen.get(&w) else {
             return Ok(None);
         };
-        self.transposed.leaf(c, self.weights, self.cpu, name)
+        self.multiplying.leaf(c, self.weights, self.cpu, name)
     }
 
     fn decoded(&self, w: Tensor) -> Option<Precision> {
         match self.frozen.get(&w) {
-            Some(name) => self.transposed.decoded(self.cpu, name),
+            Some(name) => self.multiplying.decoded(self.cpu, name),
             None => self.products().filter(|_| self.factors.contains(&w)),
         }
     }
 
     fn products(&self) -> Option<Precision> {
         let on_host = self.cpu.gpu().is_none();
-        on_host.then_some(self.transposed.precision())
+        on_host.then_some(self.multiplying.precision())
     }
 
     fn tile(&self, w: Tensor) -> Option<Tile> {
         let frozen = self.frozen.contains_key(&w);
-        frozen.then(|| self.transposed.tile())
+        frozen.then(|| self.multiplying.tile())
     }
 }
 
@@ -103,7 +103,7 @@ pub(super) struct Builder<'a> {
     trained: Trained<'a>,
     gradient: bool,
     cpu: &'a Backend,
-    transposed: &'a mut Transposed,
+    multiplying: &'a mut Multiplying,
     t: i64,
     r: i64,
     pub c: Ctx,
@@ -139,7 +139,7 @@ impl<'a> Builder<'a> {
         (n_tokens, n_rows): (usize, usize),
         gradient: bool,
         cpu: &'a Backend,
-        transposed: &'a mut Transposed,
+        multiplying: &'a mut Multiplying,
     ) -> Result<Self, GraphError> {
         let template = parts.template;
         let n_factors = match trained {
@@ -148,11 +148,11 @@ impl<'a> Builder<'a> {
         };
         let room = 24 * template.entries.len()
             + 64 * n_factors
-            + n_tile_nodes(parts, transposed.tile())?
+            + n_tile_nodes(parts, multiplying.tile())?
             + 1024;
         let is_below = matches!(parts.part, Part::Below(_));
         let trains = is_below || matches!(trained, Trained::Factors(_));
-        let own_ops = trains && cpu.gpu().is_none() && transposed.precision() == Precision::Fast;
+        let own_ops = trains && cpu.gpu().is_none() && multiplying.precision() == Precision::Fast;
         let all = attentions(template);
         let whole = match own_ops {
             true => plain(template, &all),
@@ -173,7 +173,7 @@ impl<'a> Builder<'a> {
             trained,
             gradient,
             cpu,
-            transposed,
+            multiplying,
             t: n_tokens as i64,
             r: n_rows as i64,
             c: Ctx::new(room)?,
@@ -329,13 +329,13 @@ impl<'a> Builder<'a> {
         let on_device = self.cpu.side_of(block_of(name)) == Side::Device && !template.is_table(i);
         let w = match on_device {
             true => self
-                .transposed
+                .multiplying
                 .plain(&mut self.c, weights, self.cpu, name)?,
             false => weights.leaf(&mut self.c, name)?,
         };
         if self.trains
             && is_slow(weights.info(name)?.ty)
-            && let Some(precision) = self.transposed.decoded(self.cpu, name)
+            && let Some(precision) = self.multiplying.decoded(self.cpu, name)
             && precision == Precision::Fast
         {
             self.record.decoded.insert(w, precision);
@@ -477,7 +477,7 @@ impl<'a> Builder<'a> {
         let seed = self.input(sys::GGML_TYPE_F32, self.c.ne(output), "seed")?;
         let mut env = Env {
             weights: self.parts.weights,
-            transposed: self.transposed,
+            multiplying: self.multiplying,
             cpu: self.cpu,
             frozen: std::mem::take(&mut self.frozen),
             factors: self.factors.iter().flat_map(|&(a, b)| [a, b]).collect(),

@@ -8,7 +8,7 @@ pub use super::part::Part;
 use super::place::{DEEP, place_apart};
 use super::template::Template;
 use super::trained::Trained;
-use super::weights::{Transposed, Weights};
+use super::weights::{Multiplying, Weights};
 use crate::ggml::{Backend, Ctx, Graph, Plan, Split, Tensor};
 
 /// Writes the dropout mask `[n_in, T]` of the adaptable tensor with this index.
@@ -68,7 +68,7 @@ impl Tape {
         (n_tokens, n_rows): (usize, usize),
         gradient: bool,
         cpu: &Backend,
-        transposed: &mut Transposed,
+        multiplying: &mut Multiplying,
     ) -> Result<Self, GraphError> {
         let mut builder = Builder::new(
             parts,
@@ -76,7 +76,7 @@ impl Tape {
             (n_tokens, n_rows),
             gradient,
             cpu,
-            transposed,
+            multiplying,
         )?;
         let outputs = builder.forward(end)?;
         let full = builder.c.graph(&outputs)?;

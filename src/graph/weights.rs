@@ -211,7 +211,7 @@ pub fn block_of(name: &str) -> Option<usize> {
 /// results do not depend on which copies there are.
 #[cfg(feature = "train")]
 #[derive(Default)]
-pub struct Transposed {
+pub struct Multiplying {
     buffers: HashMap<String, Arc<Buffer>>,
     plain: HashMap<String, Arc<Buffer>>,
     only: Option<Copies>,
@@ -228,7 +228,7 @@ pub(super) fn is_slow(ty: GgmlType) -> bool {
 }
 
 #[cfg(feature = "train")]
-impl Transposed {
+impl Multiplying {
     /// Keep f32 copies instead: exact, twice the memory. For gradient checks.
     pub fn exact() -> Self {
         Self {

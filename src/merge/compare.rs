@@ -53,15 +53,9 @@ pub struct Comparison<'a> {
 impl<'a> Comparison<'a> {
     /// Of `p` with `q`; `apart`: one at a time is open.
     pub fn new(p: Side<'a>, q: Side<'a>, apart: bool, n_threads: usize) -> Self {
-        let turn = |open| Turn {
-            open,
-            n_threads,
-            opened: None,
-            context: None,
-        };
         Self {
-            p: turn(p),
-            q: turn(q),
+            p: Turn::new(p, n_threads),
+            q: Turn::new(q, n_threads),
             apart,
         }
     }
@@ -140,6 +134,36 @@ impl<'a> Comparison<'a> {
     }
 }
 
+/// Show `seen` the logits `[n_vocab]` of every answer row of `samples`: the sample's number and the
+/// row, a sample's rows in order. `progress` gets samples that are done.
+///
+/// # Errors
+/// llama.cpp's failures.
+pub fn answer_rows(
+    side: Side<'_>,
+    samples: &[Sample],
+    n_threads: usize,
+    seen: &mut dyn FnMut(usize, &[f32]),
+    progress: &mut dyn FnMut(usize),
+) -> Result<(), Error> {
+    let mut turn = Turn::new(side, n_threads);
+    let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(1);
+    let n_vocab = turn.model()?.n_vocab();
+    let most = (DECODE_BYTES / (4 * n_vocab.max(1))).max(1);
+    for group in groups(samples, most) {
+        for piece in pieces(samples, &group, most) {
+            let mut rows = Vec::new();
+            turn.decode(&piece, longest, n_vocab, &mut rows)?;
+            let wanted = piece.positions.iter().filter(|p| p.next.is_some());
+            for (row, at) in rows.chunks_exact(n_vocab).zip(wanted) {
+                seen(at.sample, row);
+            }
+        }
+        progress(group.len());
+    }
+    Ok(())
+}
+
 /// A model that is open while it has its turn.
 struct Turn<'a> {
     open: Side<'a>,
@@ -148,7 +172,16 @@ struct Turn<'a> {
     context: Option<Context>,
 }
 
-impl Turn<'_> {
+impl<'a> Turn<'a> {
+    fn new(open: Side<'a>, n_threads: usize) -> Self {
+        Self {
+            open,
+            n_threads,
+            opened: None,
+            context: None,
+        }
+    }
+
     fn model(&mut self) -> Result<&Model, Error> {
         if self.opened.is_none() {
             self.opened = Some((self.open)()?);

@@ -260,6 +260,13 @@ fn spend(states: &mut [State<'_>], left: &mut u64, wanted: impl Fn(&State<'_>) -
     }
 }
 
+/// Types to promote `ty` to, rows of `n_in`: Q4_K to Q5_K, which has all levels of its and so moves
+/// no weight but by the update; everything to the [`larger`] type.
+pub fn promotions(ty: GgmlType, n_in: usize) -> Vec<GgmlType> {
+    let finer = (ty == GgmlType::Q4_K).then_some(GgmlType::Q5_K);
+    finer.into_iter().chain(larger(ty, n_in)).collect()
+}
+
 /// The next larger type for rows of `n_in`, if its blocks fit: the K types by their bits, the
 /// others to Q5_1, Q8_0 and F16, types without a grid to the K or block type above them.
 pub fn larger(ty: GgmlType, n_in: usize) -> Option<GgmlType> {

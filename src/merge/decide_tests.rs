@@ -176,6 +176,9 @@ fn every_ladder_climbs_to_floats_by_types_whose_blocks_fit() {
     assert_eq!(ladder(T::Q4_1, 64), [T::Q5_1, T::Q8_0, T::F16, T::F32]);
     assert_eq!(ladder(T::Q5_0, 64), [T::Q8_0, T::F16, T::F32]);
     assert_eq!(larger(T::Q2_0, 64), Some(T::Q4_0));
+    assert_eq!(promotions(T::Q4_K, 512), [T::Q5_K, T::Q6_K]);
+    assert_eq!(promotions(T::Q5_0, 64), [T::Q8_0]);
+    assert_eq!(promotions(T::F32, 64), []);
     for &ty in T::ALL {
         let mut bits = ty.block_bytes() * 256 / ty.block_len();
         for next in ladder(ty, 512) {

@@ -249,7 +249,8 @@ pub fn gate(
     Ok(verdict)
 }
 
-fn spread(samples: &[Sample], most: usize) -> Vec<Sample> {
+/// At most so many of `samples`, evenly spread.
+pub fn spread(samples: &[Sample], most: usize) -> Vec<Sample> {
     let n = samples.len().min(most);
     (0..n)
         .map(|i| samples[i * samples.len() / n].clone())

@@ -2,6 +2,7 @@
 
 pub mod calibration;
 pub mod compare;
+pub mod correct;
 pub mod decide;
 pub mod deliver;
 mod descent;

@@ -68,7 +68,8 @@ pub struct Sources<'a> {
 }
 
 impl<'a> Sources<'a> {
-    pub(super) fn of(&self, set: Set) -> &'a [Sample] {
+    /// Those of `set`.
+    pub fn of(&self, set: Set) -> &'a [Sample] {
         match set {
             Set::Forget => self.forget,
             Set::Retain => self.retain,

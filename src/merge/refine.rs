@@ -20,6 +20,9 @@ struct Uniform {
 /// smaller scale is a normal f16.
 pub fn refine(from: GgmlType, to: GgmlType, bytes: &[u8]) -> Option<Vec<u8>> {
     use GgmlType as T;
+    if (from, to) == (T::Q4_K, T::Q5_K) {
+        return Some(bytes.chunks_exact(144).flat_map(q4_k_as_q5_k).collect());
+    }
     let read: fn(&[u8]) -> Uniform = match from {
         T::Q4_0 => q4_0,
         T::Q4_1 => q4_1,
@@ -94,6 +97,23 @@ fn q8_0(u: &Uniform, out: &mut Vec<u8>) {
     out.extend(u.codes.map(|c| (8 * (i16::from(c) - 16)) as i8 as u8));
 }
 
+/// Both have f16 d and dmin and 12 bytes of scales and mins, then 128 bytes of four bits for 256
+/// codes; Q5_K has 32 bytes of fifth bits between. 16 levels become every other one of 32, d half of
+/// what it was: a code's highest bit is its fifth then.
+fn q4_k_as_q5_k(b: &[u8]) -> [u8; 176] {
+    let (head, codes) = b.split_at(16);
+    let mut out = [0; 176];
+    out[..16].copy_from_slice(head);
+    out[..2].copy_from_slice(&f16::from_f32(scale(b) / 2.0).to_le_bytes());
+    // A byte holds codes of two runs of 32; each run has its own bit in a byte of fifth bits.
+    for (at, pair) in codes.iter().enumerate() {
+        let (run, place) = (at / 32 * 2, at % 32);
+        out[16 + place] |= (pair >> 3 & 1) << run | (pair >> 7) << (run + 1);
+        out[48 + at] = pair << 1 & 0xee;
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,8 +125,14 @@ mod tests {
         use GgmlType as T;
         let mut rng = SplitMix64(4);
         let values: Vec<f32> = (0..64 * N).map(|_| 0.1 * rng.normal()).collect();
-        for (from, to) in [(T::Q4_0, T::Q5_1), (T::Q4_1, T::Q5_1), (T::Q5_0, T::Q8_0)] {
-            let bytes = quantize(from.id(), &values, 4 * N, None).expect("a type with an encoder");
+        let n_in = 8 * N;
+        for (from, to) in [
+            (T::Q4_0, T::Q5_1),
+            (T::Q4_1, T::Q5_1),
+            (T::Q5_0, T::Q8_0),
+            (T::Q4_K, T::Q5_K),
+        ] {
+            let bytes = quantize(from.id(), &values, n_in, None).expect("a type with an encoder");
             let finer = refine(from, to, &bytes).expect("a finer grid");
             let decode = |ty: T, bytes: &[u8]| {
                 let mut out = vec![0f32; values.len()];
@@ -116,7 +142,7 @@ mod tests {
             let (old, new) = (decode(from, &bytes), decode(to, &finer));
             assert_eq!(old, new, "{from} to {to}");
             // Encoding anew does move them.
-            let anew = quantize(to.id(), &old, 4 * N, None).expect("a type with an encoder");
+            let anew = quantize(to.id(), &old, n_in, None).expect("a type with an encoder");
             assert_ne!(decode(to, &anew), old, "{from} to {to}");
         }
         assert!(refine(T::Q4_K, T::Q6_K, &[]).is_none());

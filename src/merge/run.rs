@@ -1,7 +1,8 @@
 //! The same-grid merge from files to a file: calibrate → fit → write → accept → put in place.
 
 use super::calibration::Calibration;
-use super::decide::Reason;
+use super::correct::{Correct, Correction, Draft};
+use super::decide::{Limits, Policy, Reason};
 use super::deliver::{Delivered, Delivery, deliver};
 use super::gate::{GateConfig, Verdict, gate};
 use super::imatrix::Imatrix;
@@ -13,6 +14,7 @@ use crate::adapter::{Loaded, load_patch, open_adapters};
 use crate::data::{Record, Sample, Template, general_records, samples};
 use crate::digest::of_file;
 use crate::error::Error;
+use crate::ggml::Model;
 use crate::gguf::GgufWriter;
 use crate::graph::weights::Weights;
 use crate::model::OpenModel;
@@ -65,6 +67,8 @@ pub struct Job<'a> {
     pub how: How,
     /// Most bytes the file may grow by, percent of its size.
     pub max_growth: Option<f64>,
+    /// How often a same-grid merge is corrected.
+    pub rounds: usize,
     /// What the merged file must do; none: it is not tried.
     pub gate: Option<GateConfig>,
     /// Put the file in place although it fails.
@@ -88,8 +92,10 @@ pub struct Report {
     pub calibration: Option<&'static str>,
     /// Whether errors are of tokens that the merge was not fitted to.
     pub held_out: bool,
-    /// Tensor by tensor, of a same-grid merge.
+    /// Tensor by tensor, of a same-grid merge; errors are those of the first fit.
     pub tensors: Vec<Outcome>,
+    /// What was corrected after it, round by round.
+    pub corrections: Vec<Correction>,
     /// Tensors and their types before and after, of a rewrite.
     pub rewritten: Vec<(String, String, String)>,
     /// Size of the model before, bytes.
@@ -162,7 +168,16 @@ impl Tokens {
 /// Patches that do not fit, a merged file that fails the gate ([`super::gate::GateError`]; nothing is
 /// then at the output; with `keep_failed` it is, and the report's verdict says that it failed),
 /// bad files, failures of engine and disk.
-pub fn merge(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
+///
+/// `correct` makes the corrections that the job has rounds for.
+pub fn merge(
+    job: Job<'_>,
+    correct: Option<Box<dyn Correct>>,
+    ui: &mut dyn Ui,
+) -> Result<Report, Error> {
+    if job.rounds > 0 {
+        job.check_rounds()?;
+    }
     let weights = Weights::open(job.model)?;
     let patches = open_patches(&job, &weights)?;
     let parts = weights.set().parts().iter();
@@ -176,6 +191,7 @@ pub fn merge(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
             calibration: None,
             held_out: false,
             tensors: Vec::new(),
+            corrections: Vec::new(),
             rewritten: Vec::new(),
             file_len_before,
             verdict: None,
@@ -194,13 +210,41 @@ pub fn merge(job: Job<'_>, ui: &mut dyn Ui) -> Result<Report, Error> {
             if let Some(percent) = job.max_growth {
                 options.limits = options.limits.with_growth(percent, file_len_before);
             }
-            let fitted = run.fit_all(&options, ui)?;
+            let mut fitted = run.fit_all(&options, ui)?;
+            if let Some(mut correct) = correct {
+                for round in 0..job.rounds {
+                    let correction;
+                    (fitted, correction) =
+                        run.corrected(fitted, (round, &options), correct.as_mut(), ui)?;
+                    run.report.corrections.push(correction);
+                }
+            }
             let files = fitted.files(&weights, &patches, job.form)?;
             run.put(files, &fitted.residues, ui)?;
             run.report.tensors = fitted.outcomes;
         }
     }
     Ok(run.report)
+}
+
+impl Job<'_> {
+    /// Corrections are trained on texts, and to what is in the file.
+    fn check_rounds(&self) -> Result<(), Error> {
+        let found = match &self.how {
+            How::Rewrite(_) => "a merge into another type",
+            How::SameGrid(o) if matches!(o.limits.policy, Policy::Residue | Policy::Auto) => {
+                "a policy that may leave residues beside the file"
+            }
+            How::SameGrid(_) if self.texts.forget.is_empty() => "no --forget",
+            How::SameGrid(_) => return Ok(()),
+        };
+        Err(Error::Setting {
+            setting: "rounds",
+            wanted: "a merge into the file (--policy grid or promote) and the texts it is for"
+                .into(),
+            found: found.into(),
+        })
+    }
 }
 
 fn open_patches(job: &Job<'_>, weights: &Weights) -> Result<Vec<(Patch, f32)>, Error> {
@@ -279,6 +323,107 @@ impl Run<'_> {
         Ok(fitted)
     }
 
+    /// `fitted` with a patch merged into it that `correct` makes of the file it would be.
+    fn corrected(
+        &self,
+        fitted: Fitted,
+        (round, options): (usize, &Options),
+        correct: &mut dyn Correct,
+        ui: &mut dyn Ui,
+    ) -> Result<(Fitted, Correction), Error> {
+        let job = self.job;
+        let scratch = job.delivery.dir(job.model);
+        let dir = tempfile::tempdir_in(&scratch).map_err(|source| Error::Io {
+            path: scratch.clone(),
+            doing: "making a temporary directory",
+            source,
+        })?;
+        let draft = dir.path().join("draft.gguf");
+        let form = Form {
+            join: true,
+            record: false,
+        };
+        for file in fitted.files(self.weights, self.patches, form)? {
+            let mut out = std::fs::File::create(&draft).map_err(|source| Error::Io {
+                path: draft.clone(),
+                doing: "writing",
+                source,
+            })?;
+            file.write_to(&mut out)?;
+        }
+        self.weights.release();
+        if self.tokens.get().is_none() {
+            self.tokens(&OpenModel::open(job.model, job.n_gpu_layers)?, ui)?;
+        }
+        let tokens = self.tokens.get().expect("made above");
+        let tensors: BTreeSet<String> = fitted.replaced.keys().cloned().collect();
+        let (patch, correction) = correct.patch(
+            &Draft {
+                unmerged: &|| self.unmerged(),
+                merged: &draft,
+                sources: tokens.sources(),
+                tensors: &tensors,
+                round,
+                n_threads: job.n_threads,
+                n_gpu_layers: job.n_gpu_layers,
+            },
+            ui,
+        )?;
+        let calibration = {
+            let open = OpenModel::open(&draft, job.n_gpu_layers)?;
+            let adapters = vec![(load_patch(&open.model, &patch)?, 1.0)];
+            let tensors: Vec<String> = patch.updates.iter().map(|u| u.tensor.clone()).collect();
+            self.captured((&open, &adapters), &tensors, tokens, &scratch, ui)?
+        };
+        let options = Options {
+            limits: Limits {
+                policy: Policy::Grid,
+                ..options.limits
+            },
+            promote: false,
+            ..options.clone()
+        };
+        let later = fit(
+            &Weights::open(&draft)?,
+            &[(patch, 1.0)],
+            &calibration,
+            &options,
+            &scratch,
+            &mut |done, total| ui.progress("fitting the correction", done, total),
+        )?;
+        Ok((fitted.then(later, self.weights)?, correction))
+    }
+
+    /// Model and patches.
+    fn unmerged(&self) -> Result<(Model, Loaded), Error> {
+        let open = OpenModel::open(self.job.model, self.job.n_gpu_layers)?;
+        let adapters = open_adapters(&open, self.job.specs.iter().copied())?;
+        Ok((open.model, adapters))
+    }
+
+    fn captured(
+        &self,
+        (open, adapters): (&OpenModel, &Loaded),
+        tensors: &[String],
+        tokens: &Tokens,
+        scratch: &Path,
+        ui: &mut dyn Ui,
+    ) -> Result<Calibration, Error> {
+        let config = MomentsConfig {
+            spill_dir: scratch.to_owned(),
+            ..MomentsConfig::default()
+        };
+        Ok(Calibration::Texts(capture(
+            open,
+            adapters,
+            tensors,
+            &tokens.sources(),
+            &config,
+            self.job.n_threads,
+            &mut |done, total| ui.progress("capturing inputs", done, total),
+        )?))
+    }
+
     /// Write the files, try them out, put them in place, with their residues beside them.
     fn put(
         &mut self,
@@ -339,19 +484,7 @@ impl Run<'_> {
             .flat_map(|(p, _)| p.updates.iter().map(|u| u.tensor.clone()))
             .collect();
         let tensors: Vec<String> = tensors.into_iter().collect();
-        let config = MomentsConfig {
-            spill_dir: scratch.to_owned(),
-            ..MomentsConfig::default()
-        };
-        Ok(Calibration::Texts(capture(
-            &open,
-            &adapters,
-            &tensors,
-            &tokens.sources(),
-            &config,
-            job.n_threads,
-            &mut |done, total| ui.progress("capturing inputs", done, total),
-        )?))
+        self.captured((&open, &adapters), &tensors, tokens, scratch, ui)
     }
 
     /// The staged file against model and patches.
@@ -367,11 +500,6 @@ impl Run<'_> {
             self.tokens(&OpenModel::open(job.model, job.n_gpu_layers)?, ui)?;
         }
         let tokens = self.tokens.get().expect("made above");
-        let unmerged = || {
-            let open = OpenModel::open(job.model, job.n_gpu_layers)?;
-            let adapters = open_adapters(&open, job.specs.iter().copied())?;
-            Ok((open.model, adapters))
-        };
         let merged = || {
             let open = OpenModel::open(staged, job.n_gpu_layers)?;
             let residues: Loaded = match residues {
@@ -385,7 +513,7 @@ impl Run<'_> {
         };
         self.weights.release();
         gate(
-            (&unmerged, &merged),
+            (&|| self.unmerged(), &merged),
             self.report.file_len_before > TOGETHER_BYTES,
             &tokens.sources(),
             config,

@@ -8,11 +8,13 @@
 //! in memory at a time.
 
 use super::calibration::{Calibration, Judged};
-use super::decide::{Action, Candidate, Choice, Decision, Limits, Policy, Reason, decide, larger};
+use super::decide::{
+    Action, Candidate, Choice, Decision, Limits, Policy, Reason, decide, promotions,
+};
 use super::error::RoundError;
 use super::factor::Factor;
 use super::feedback::{Rounded, Search, round_rows};
-use super::grid::Grid;
+use super::grid::{Cells, Grid};
 use super::measure::{Measured, Merged, measure};
 use super::promote::promote_rows;
 use super::rewrite::{Form, empty_files};
@@ -259,7 +261,7 @@ fn one(
     let may = |wanted: Policy| policy == wanted || policy == Policy::Auto;
     let mut others = Vec::new();
     let promote = may(Policy::Promote) || (grid.is_none() && options.promote);
-    if let Some(to) = larger(info.ty, n_in).filter(|_| promote) {
+    for to in promotions(info.ty, n_in).into_iter().filter(|_| promote) {
         let (after, rounded) = promote_rows(
             (info.ty, &before),
             to,
@@ -409,6 +411,36 @@ impl Fitted {
             }
         }
         Ok(files)
+    }
+
+    /// What `later`, fitted to the file that this makes of `model`, makes of it. Errors stay those of
+    /// the first fit: a correction means to leave the update.
+    ///
+    /// # Errors
+    /// A failing disk.
+    pub fn then(mut self, mut later: Self, model: &Weights) -> Result<Self, Error> {
+        for (name, &(ty, at, len)) in &self.replaced {
+            if !later.replaced.contains_key(name) {
+                let (at, len) = later.scratch.push(&self.scratch.read((at, len))?)?;
+                later.replaced.insert(name.clone(), (ty, at, len));
+            }
+        }
+        self.scratch = later.scratch;
+        self.replaced = later.replaced;
+        let on_grid = |o: &&mut Outcome| o.action == Some(Action::Grid);
+        for outcome in self.outcomes.iter_mut().filter(on_grid) {
+            let info = model.info(&outcome.tensor)?;
+            let Some(&(_, at, len)) = self.replaced.get(&outcome.tensor) else {
+                continue;
+            };
+            let grid = Grid::new(info.ty, info.ne[0] as usize)?;
+            let (mut before, mut after) = (Cells::default(), Cells::default());
+            grid.decode(model.bytes(&outcome.tensor)?, &mut before)?;
+            grid.decode(&self.scratch.read((at, len))?, &mut after)?;
+            let codes = before.code.iter().zip(&after.code);
+            outcome.codes_changed = codes.filter(|(b, a)| b != a).count();
+        }
+        Ok(self)
     }
 
     fn take(&mut self, t: &mut Tensor, decision: &Decision) {

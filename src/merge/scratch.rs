@@ -46,6 +46,19 @@ impl Scratch {
         Ok((at, bytes.len() as u64))
     }
 
+    /// The `len` bytes at offset `at`.
+    pub fn read(&self, (at, len): (u64, u64)) -> Result<Vec<u8>, Error> {
+        let mut bytes = vec![0; len as usize];
+        self.file
+            .read_exact_at(&mut bytes, at)
+            .map_err(|source| Error::Io {
+                path: self.dir.clone(),
+                doing: "reading a temporary file",
+                source,
+            })?;
+        Ok(bytes)
+    }
+
     /// Copy `len` bytes from offset `at` to `out`.
     pub fn copy(&self, (at, len): (u64, u64), out: &mut dyn Write) -> std::io::Result<()> {
         let mut buffer = vec![0; COPY_BYTES.min(len) as usize];

@@ -7,7 +7,7 @@ pub mod evidence;
 mod format;
 pub mod html;
 mod log;
-mod svg;
+pub mod svg;
 mod tensors;
 mod thresholds;
 pub mod verdict;

@@ -77,6 +77,7 @@ mod tests {
                 let target = Target {
                     token,
                     objective: RowObjective::CrossEntropy,
+                    teacher: None,
                     weight: 1.0,
                 };
                 grade(row, target, true).nll

@@ -18,7 +18,7 @@ use crate::graph::prefix::Prefix;
 use crate::graph::tape::{End, Part, Parts, Tape};
 use crate::graph::template::{Adaptable, Entry, Step, Template};
 use crate::graph::trained::{Factor, Factors, Trained};
-use crate::graph::weights::{Transposed, Weights, block_of};
+use crate::graph::weights::{Multiplying, Weights, block_of};
 use crate::likelihood::SampleLoss;
 use crate::model::OpenModel;
 use rayon::prelude::*;
@@ -45,7 +45,7 @@ pub struct Engine<'m> {
     /// Its graph.
     pub template: Template,
     window: Option<usize>,
-    transposed: Transposed,
+    multiplying: Multiplying,
     head: Head,
     tape: Option<(Tape, bool)>,
     /// The part of the graph below the adapters, if some of it is.
@@ -73,7 +73,7 @@ impl<'m> Engine<'m> {
     pub fn new(open: &'m OpenModel, n_threads: usize, max_tokens: usize) -> Result<Self, Error> {
         let template = open.trace()?;
         let cpu = open.backend(n_threads)?;
-        let mut transposed = Transposed::default();
+        let mut multiplying = Multiplying::default();
         let window = usize::try_from(open.model.n_swa()).ok().filter(|&w| w > 0);
         let head = Head::new(
             &Parts {
@@ -84,7 +84,7 @@ impl<'m> Engine<'m> {
                 part: Part::Whole,
             },
             &cpu,
-            &mut transposed,
+            &mut multiplying,
         )?;
         let scaled_from = scaled_from(&template, &open.weights)?;
         Ok(Self {
@@ -92,7 +92,7 @@ impl<'m> Engine<'m> {
             template,
             cpu,
             window,
-            transposed,
+            multiplying,
             head,
             tape: None,
             below: None,
@@ -132,6 +132,12 @@ impl<'m> Engine<'m> {
         Ok(self)
     }
 
+    /// Adapt the tensors alone whose names `keep` says yes to.
+    pub fn on_tensors(mut self, keep: impl Fn(&str) -> bool) -> Self {
+        self.template.adapt_only(|t| keep(&t.name));
+        self
+    }
+
     /// Compute everything in every pass, for comparison.
     pub fn without_prefix(mut self) -> Self {
         self.below = None;
@@ -143,9 +149,9 @@ impl<'m> Engine<'m> {
         self.below.as_ref().map_or((0, 0), |(_, b)| b.held())
     }
 
-    /// Multiply with exact f32 weights on the way back, for gradient checks: see [`Transposed`].
+    /// Multiply with exact f32 weights on the way back, for gradient checks: see [`Multiplying`].
     pub fn exact(mut self) -> Self {
-        self.transposed = Transposed::exact();
+        self.multiplying = Multiplying::exact();
         self
     }
 
@@ -172,7 +178,7 @@ impl<'m> Engine<'m> {
         let list = shape.factors(&self.template.adaptable);
         let factors = self.factors(list)?;
         let graph = |recompute| -> Result<u64, Error> {
-            let mut no_copies = Transposed::default().only(Copies::default());
+            let mut no_copies = Multiplying::default().only(Copies::default());
             let tape = Tape::new(
                 &self.parts(recompute),
                 Trained::Factors(&factors),
@@ -226,10 +232,15 @@ impl<'m> Engine<'m> {
         self.reset();
         self.room = Some(plan.graph);
         self.too_long = usize::MAX;
-        self.transposed = Transposed::default().only(plan.copies.clone());
+        self.multiplying = Multiplying::default().only(plan.copies.clone());
         if let Some((_, below)) = &mut self.below {
             below.limit(plan.budget.0.saturating_sub(plan.bytes));
         }
+    }
+
+    /// Keep every batch whole, whatever memory that takes.
+    pub fn keep_whole(&mut self) {
+        self.too_long = usize::MAX;
     }
 
     fn parts(&self, recompute: Option<usize>) -> Parts<'_> {
@@ -242,9 +253,9 @@ impl<'m> Engine<'m> {
         }
     }
 
-    /// Bytes of graph memory and transposed weights in use.
+    /// Bytes of graph memory and copies of weights in use.
     pub fn bytes(&self) -> usize {
-        self.transposed.bytes() + self.tape.as_ref().map_or(0, |(t, _)| t.bytes())
+        self.multiplying.bytes() + self.tape.as_ref().map_or(0, |(t, _)| t.bytes())
     }
 
     /// Losses of `items` in order, without gradients.
@@ -318,9 +329,10 @@ impl<'m> Engine<'m> {
             let mut targets = Vec::with_capacity(batch.n_rows);
             for (item, sample, rows) in &members {
                 let (objective, weight) = item.row_target();
-                targets.extend(rows.iter().map(|&r| Target {
+                targets.extend(rows.iter().enumerate().map(|(i, &r)| Target {
                     token: sample.tokens[r + 1],
                     objective,
+                    teacher: item.teacher(i),
                     weight,
                 }));
             }
@@ -384,7 +396,7 @@ impl<'m> Engine<'m> {
             recompute: (shape.0 >= self.too_long).then_some(QUERIES),
             part: Part::Below(prefix),
         };
-        let (cpu, copies) = (&mut self.cpu, &mut self.transposed);
+        let (cpu, copies) = (&mut self.cpu, &mut self.multiplying);
         let mut tape = Tape::new(
             &parts,
             Trained::Nothing,
@@ -406,7 +418,7 @@ impl<'m> Engine<'m> {
         &mut self,
         trained: Trained<'_>,
         (batch, below): (&Packed, Option<Vec<f32>>),
-        targets: &[Target],
+        targets: &[Target<'_>],
         dropout: Option<(Dropout, usize)>,
         gradient: bool,
     ) -> Result<Vec<Graded>, Error> {
@@ -498,7 +510,7 @@ impl<'m> Engine<'m> {
                 shape,
                 gradient,
                 &self.cpu,
-                &mut self.transposed,
+                &mut self.multiplying,
             )?;
             let fits = self.room.is_none_or(|room| tape.bytes() as u64 <= room);
             if fits || again {

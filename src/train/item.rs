@@ -2,6 +2,7 @@
 
 use super::answer_loss::AnswerLoss;
 use super::loss::RowObjective;
+use super::soft::Soft;
 use crate::data::Sample;
 
 /// What a sample is trained towards.
@@ -9,6 +10,8 @@ use crate::data::Sample;
 pub enum Aim<'a> {
     /// Each answer row by itself.
     Rows(RowObjective),
+    /// Each answer row towards another model's distribution, in order.
+    Taught(&'a [Soft]),
     /// The answer as a whole, against another answer to the same question where there is one.
     Answer {
         /// The loss.
@@ -47,7 +50,7 @@ impl<'a> Item<'a> {
     pub(super) fn preferred(&self) -> Option<&'a Sample> {
         match self.aim {
             Aim::Answer { preferred, .. } => preferred,
-            Aim::Rows(_) => None,
+            Aim::Rows(_) | Aim::Taught(_) => None,
         }
     }
 
@@ -61,7 +64,16 @@ impl<'a> Item<'a> {
     pub(super) fn row_target(&self) -> (RowObjective, f32) {
         match self.aim {
             Aim::Rows(objective) => (objective, self.weight),
+            Aim::Taught(_) => (RowObjective::CrossEntropy, self.weight),
             Aim::Answer { .. } => (RowObjective::CrossEntropy, 1.0),
+        }
+    }
+
+    /// What answer row `i` is taught.
+    pub(super) fn teacher(&self, i: usize) -> Option<&'a Soft> {
+        match self.aim {
+            Aim::Taught(rows) => rows.get(i),
+            Aim::Rows(_) | Aim::Answer { .. } => None,
         }
     }
 }

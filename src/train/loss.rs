@@ -3,6 +3,7 @@
 //! Every loss is a mean over answer tokens, so a row's gradient carries its weight
 //! (1/number of answer tokens of its set, times γ for the retain set).
 
+use super::soft::Soft;
 use crate::ggml::Token;
 use crate::graph::head::RowLosses;
 use crate::likelihood::{BLOCK, exp_sum, maximum};
@@ -24,11 +25,13 @@ pub enum RowObjective {
 
 /// One row to grade: the token that follows, the objective and its weight.
 #[derive(Debug, Clone, Copy)]
-pub struct Target {
+pub struct Target<'a> {
     /// The token that follows in the sample.
     pub token: Token,
     /// What the row is trained towards.
     pub objective: RowObjective,
+    /// Another model's distribution; the row is then trained towards that instead.
+    pub teacher: Option<&'a Soft>,
     /// Factor of the loss and its gradient.
     pub weight: f32,
 }
@@ -43,12 +46,16 @@ pub struct Graded {
 }
 
 /// Grade one row `[n_vocab]` and, when asked, overwrite it with the weighted gradient.
-pub fn grade(row: &mut [f32], target: Target, gradient: bool) -> Graded {
+pub fn grade(row: &mut [f32], target: Target<'_>, gradient: bool) -> Graded {
     let y = usize::try_from(target.token).unwrap_or(usize::MAX);
     debug_assert!(
         y < row.len(),
         "targets come from the model's own vocabulary"
     );
+    if let Some(teacher) = target.teacher {
+        let (loss, nll) = teacher.grade(row, y, target.weight, gradient);
+        return Graded { loss, nll };
+    }
     let logit_y = row[y];
     let max = maximum(row);
     let (rival, rival_logit) = rival(row, y);
@@ -113,7 +120,8 @@ fn rival(row: &[f32], y: usize) -> (usize, f32) {
     }
 }
 
-fn exp_in_place(row: &mut [f32], max: f32) -> f64 {
+/// Overwrites each z with exp(z − max); returns their sum.
+pub(super) fn exp_in_place(row: &mut [f32], max: f32) -> f64 {
     let mut total = 0f64;
     for block in row.chunks_mut(8 * BLOCK) {
         let mut sum = f32x8::ZERO;
@@ -132,7 +140,7 @@ fn exp_in_place(row: &mut [f32], max: f32) -> f64 {
     total
 }
 
-fn scale(row: &mut [f32], by: f32) {
+pub(super) fn scale(row: &mut [f32], by: f32) {
     for z in row {
         *z *= by;
     }
@@ -141,7 +149,7 @@ fn scale(row: &mut [f32], by: f32) {
 /// Grades the rows of a batch as the head delivers them.
 pub struct BatchLosses<'a> {
     /// One target per row.
-    pub targets: &'a [Target],
+    pub targets: &'a [Target<'a>],
     /// Filled in as rows come.
     pub graded: Vec<Graded>,
     /// Overwrite logits with gradients.
@@ -150,7 +158,7 @@ pub struct BatchLosses<'a> {
 
 impl<'a> BatchLosses<'a> {
     /// For rows with these targets.
-    pub fn new(targets: &'a [Target], gradient: bool) -> Self {
+    pub fn new(targets: &'a [Target<'a>], gradient: bool) -> Self {
         Self {
             targets,
             graded: vec![Graded::default(); targets.len()],
@@ -194,6 +202,7 @@ mod tests {
         let target = Target {
             token,
             objective,
+            teacher: None,
             weight: 1.0,
         };
         let mut gradient = logits();
@@ -234,6 +243,7 @@ mod tests {
         let target = Target {
             token: 3,
             objective: RowObjective::InvertedHinge,
+            teacher: None,
             weight: 1.0,
         };
         assert!((grade(&mut row, target, false).loss - 1.0).abs() < 1e-6);
@@ -247,6 +257,7 @@ mod tests {
         let target = Target {
             token: 9,
             objective: RowObjective::CrossEntropy,
+            teacher: None,
             weight: 1.0,
         };
         assert!((grade(&mut row, target, false).nll - exact).abs() < 1e-5);

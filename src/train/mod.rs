@@ -6,6 +6,7 @@ pub mod answer_loss;
 pub mod below;
 pub mod checkpoint;
 pub mod config;
+pub mod distil;
 pub mod dropout;
 pub mod engine;
 mod error;
@@ -17,6 +18,7 @@ pub mod loss;
 pub mod memory;
 pub mod net;
 pub mod order;
+pub mod soft;
 pub mod trainer;
 
 pub use error::TrainError;

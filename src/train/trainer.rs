@@ -32,6 +32,17 @@ pub struct StepReport {
     pub forget_losses: Vec<SampleLoss>,
 }
 
+/// What [`Trainer::descend`] did.
+#[derive(Debug, Clone, Default)]
+pub struct Descent {
+    /// Of every item, before the step.
+    pub losses: Vec<SampleLoss>,
+    /// ROL as it enters the loss, before λ.
+    pub rol: Option<f64>,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+}
+
 /// A forget sample and what losses of whole answers compare it with.
 #[derive(Debug, Clone, Copy)]
 pub struct Forget<'a> {
@@ -218,6 +229,35 @@ impl<'m> Trainer<'m> {
             })
             .collect();
         items.extend(remembered(&batch.retain, config.gamma / n_retain));
+        let Descent {
+            losses,
+            rol,
+            grad_norm,
+        } = self.descend(config, &items, lr)?;
+        let (forget, retain) = losses.split_at(batch.forget.len());
+        let mean = |set: &[SampleLoss], n: f32| {
+            (!set.is_empty()).then(|| set.iter().map(|l| l.loss).sum::<f64>() / f64::from(n))
+        };
+        Ok(StepReport {
+            forget: mean(forget, n_forget),
+            retain: mean(retain, n_retain),
+            rol,
+            grad_norm,
+            tokens: items.iter().map(Item::n_tokens).sum(),
+            forget_losses: forget.to_vec(),
+        })
+    }
+
+    /// Take one step down the weighted losses of `items`, whatever they are.
+    ///
+    /// # Errors
+    /// When ggml fails, or a gradient is not finite.
+    pub fn descend(
+        &mut self,
+        config: &TrainConfig,
+        items: &[Item<'_>],
+        lr: f32,
+    ) -> Result<Descent, Error> {
         self.factors.clear_gradients()?;
         let dropout = (config.dropout > 0.0).then_some(Dropout {
             rate: config.dropout,
@@ -226,7 +266,7 @@ impl<'m> Trainer<'m> {
         });
         self.factors.dropout = dropout.is_some();
         let trained = Trained::Factors(&self.factors);
-        let losses = self.engine.gradients(trained, &items, dropout, &mut [])?;
+        let losses = self.engine.gradients(trained, items, dropout, &mut [])?;
         let rol = match config.constraint {
             Constraint::Rol if config.lambda > 0.0 => Some(self.add_rol(config)?),
             _ => None,
@@ -248,17 +288,10 @@ impl<'m> Trainer<'m> {
             ..AdamWConfig::default()
         };
         self.update(&adamw, lr, clip, config.constraint == Constraint::Project)?;
-        let (forget, retain) = losses.split_at(batch.forget.len());
-        let mean = |set: &[SampleLoss], n: f32| {
-            (!set.is_empty()).then(|| set.iter().map(|l| l.loss).sum::<f64>() / f64::from(n))
-        };
-        Ok(StepReport {
-            forget: mean(forget, n_forget),
-            retain: mean(retain, n_retain),
+        Ok(Descent {
+            losses,
             rol,
             grad_norm,
-            tokens: items.iter().map(Item::n_tokens).sum(),
-            forget_losses: forget.to_vec(),
         })
     }
 

@@ -11,7 +11,7 @@ use nepenthe::graph::tape::{End, Part, Parts, Tape};
 use nepenthe::graph::template::{Step, Template};
 use nepenthe::graph::trace::trace;
 use nepenthe::graph::trained::{Factor, Factors, Trained};
-use nepenthe::graph::weights::Transposed;
+use nepenthe::graph::weights::Multiplying;
 use nepenthe::model::OpenModel;
 use nepenthe::rng::SplitMix64;
 use nepenthe::train::loss::{RowObjective, Target, grade};
@@ -36,7 +36,7 @@ pub struct Rig {
     factors: Factors,
     values: Vec<(Vec<f32>, Vec<f32>)>,
     batch: Packed,
-    targets: Vec<Target>,
+    targets: Vec<Target<'static>>,
     /// The copies of weights there may be, if not all.
     pub copies: Option<Copies>,
     /// Weights on the way back as they are, instead of in BF16.
@@ -64,6 +64,7 @@ impl Rig {
             .map(|token| Target {
                 token,
                 objective,
+                teacher: None,
                 weight: 1.0 / 16.0,
             })
             .collect();
@@ -127,8 +128,8 @@ impl Rig {
         };
         // Exact transposed weights: bf16 ones have an error of their own, 2.4e-3.
         let mut transposed = match self.exact {
-            true => Transposed::exact(),
-            false => Transposed::default(),
+            true => Multiplying::exact(),
+            false => Multiplying::default(),
         };
         if let Some(copies) = &self.copies {
             transposed = transposed.only(copies.clone());

@@ -7,7 +7,7 @@ use crate::graph::place::place_apart;
 use crate::graph::rules::{Tile, Weightless, vjp};
 use crate::graph::tape::Parts;
 use crate::graph::template::{Leaf, Step};
-use crate::graph::weights::{Transposed, is_slow};
+use crate::graph::weights::{Multiplying, is_slow};
 
 /// What follows the head's product has no weights to be multiplied with.
 struct NoWeights;
@@ -62,7 +62,7 @@ impl Chunk {
     pub fn new(
         parts: &Parts<'_>,
         cpu: &Backend,
-        weights: &mut Transposed,
+        weights: &mut Multiplying,
         n_rows: usize,
     ) -> Result<Self, GraphError> {
         let mut c = Ctx::new(256)?;
@@ -225,7 +225,7 @@ fn forward(
     c: &mut Ctx,
     parts: &Parts<'_>,
     cpu: &Backend,
-    weights: &mut Transposed,
+    weights: &mut Multiplying,
     r: i64,
 ) -> Result<Nodes, GraphError> {
     let template = parts.template;

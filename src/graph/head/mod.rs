@@ -9,7 +9,7 @@ mod chunk;
 
 use super::GraphError;
 use super::tape::Parts;
-use super::weights::{Transposed, Weights};
+use super::weights::{Multiplying, Weights};
 use crate::ggml::{Backend, dequantize};
 use chunk::Chunk;
 use rayon::prelude::*;
@@ -56,7 +56,7 @@ impl Head {
     pub fn new(
         parts: &Parts<'_>,
         cpu: &Backend,
-        weights: &mut Transposed,
+        weights: &mut Multiplying,
     ) -> Result<Self, GraphError> {
         let few = Chunk::new(parts, cpu, weights, FEW)?;
         let fit = LOGITS / (size_of::<f32>() * few.n_vocab());
