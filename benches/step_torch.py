@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from torch import nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 RANK, ALPHA, RETAIN_RANK, ROL, GAMMA = 32, 64, 128, 0.5, 1.0
 
@@ -44,39 +44,63 @@ LINEARS = {
     "ffn_down": "mlp.down_proj",
 }
 NORMS = {
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
+    "gemma3": {
+        "attn_norm": "input_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+        "attn_q_norm": "self_attn.q_norm",
+        "attn_k_norm": "self_attn.k_norm",
+    },
+    "llama": {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
 }
+
+
+def interleaved(w, n_head):
+    """llama.cpp turns neighbouring pairs of a head's outputs, transformers its two halves."""
+    return w.reshape(n_head, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
 
 
 def load(path, dtype):
     reader = GGUFReader(path)
     arch = reader.get_field("general.architecture").contents()
-    if arch != "gemma3":
-        sys.exit(f"step_torch: {path} is of architecture {arch}, this script knows gemma3")
+    if arch not in NORMS:
+        sys.exit(f"step_torch: {path} is of architecture {arch}, this script knows {list(NORMS)}")
 
     def key(name):
-        return reader.get_field(f"gemma3.{name}").contents()
+        return reader.get_field(f"{arch}.{name}").contents()
 
     tensors = {t.name: t for t in reader.tensors}
-    config = Gemma3TextConfig(
+    heads = {"attn_q": key("attention.head_count"), "attn_k": key("attention.head_count_kv")}
+    common = dict(
         vocab_size=int(tensors["token_embd.weight"].shape[1]),
         hidden_size=key("embedding_length"),
         intermediate_size=key("feed_forward_length"),
         num_hidden_layers=key("block_count"),
-        num_attention_heads=key("attention.head_count"),
-        num_key_value_heads=key("attention.head_count_kv"),
-        head_dim=key("attention.key_length"),
-        query_pre_attn_scalar=key("attention.key_length"),
-        sliding_window=key("attention.sliding_window"),
+        num_attention_heads=heads["attn_q"],
+        num_key_value_heads=heads["attn_k"],
         rms_norm_eps=key("attention.layer_norm_rms_epsilon"),
         use_cache=False,
     )
-    model = Gemma3ForCausalLM(config).to(dtype)
+    if arch == "gemma3":
+        config = Gemma3TextConfig(
+            head_dim=key("attention.key_length"),
+            query_pre_attn_scalar=key("attention.key_length"),
+            sliding_window=key("attention.sliding_window"),
+            **common,
+        )
+        model = Gemma3ForCausalLM(config).to(dtype)
+    else:
+        assert "output.weight" not in tensors, "its head is taken to be its table of embeddings"
+        theta = key("rope.freq_base")
+        config = LlamaConfig(
+            rope_parameters={"rope_type": "default", "rope_theta": theta},
+            rope_theta=theta,
+            tie_word_embeddings=True,
+            **common,
+        )
+        model = LlamaForCausalLM(config).to(dtype)
+    shift = 1.0 if arch == "gemma3" else 0.0
     # .to() also rounded the frequencies of the rotary embedding.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
 
@@ -87,12 +111,16 @@ def load(path, dtype):
             param.copy_(w.reshape(param.shape))
 
     put(model.model.embed_tokens.weight, "token_embd")
-    put(model.model.norm.weight, "output_norm", 1.0)
+    put(model.model.norm.weight, "output_norm", shift)
     for i, block in enumerate(model.model.layers):
         for ours, theirs in LINEARS.items():
-            put(block.get_submodule(theirs).weight, f"blk.{i}.{ours}")
-        for ours, theirs in NORMS.items():
-            put(block.get_submodule(theirs).weight, f"blk.{i}.{ours}", 1.0)
+            weight = block.get_submodule(theirs).weight
+            put(weight, f"blk.{i}.{ours}")
+            if arch == "llama" and ours in heads:
+                with torch.no_grad():
+                    weight.copy_(interleaved(weight.clone(), heads[ours]))
+        for ours, theirs in NORMS[arch].items():
+            put(block.get_submodule(theirs).weight, f"blk.{i}.{ours}", shift)
     for p in model.parameters():
         p.requires_grad_(False)
     return model

@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 /// Threads of the CPU and, once [given one](Backend::on_gpu), a GPU.
 ///
-/// The thread pool does not poll between graphs: threads that spin while nothing runs starve
+/// Threads are OpenMP's where ggml is built with it, which sleep when a wait takes longer; elsewhere
+/// those of a pool that does not poll between graphs: threads that spin while nothing runs starve
 /// whoever shares the cores.
 pub struct Backend {
     /// Before what it was made for: fields are dropped in order.

@@ -43,6 +43,10 @@
 //! takes its size in the directory for temporary files; sets of several patches take twice their
 //! factors in memory while they are built. A replaced set is freed when the last session has seen
 //! the change; [`Session::refresh`] makes an idle one see it.
+//!
+//! Threads wait for one another in OpenMP's barriers. libgomp spins for some five milliseconds before
+//! a thread sleeps, which is long where other work has the cores: the program starts with
+//! `GOMP_SPINCOUNT=10000` in its environment, and so should yours.
 
 mod error;
 mod session;
